@@ -1,0 +1,47 @@
+"""The linear-site operator: what every adapter method that touches a linear layer lowers to.
+
+    y'[t] = out_scale * ( y[t] + scale * B (A x[t]) ) + bias,      y = W x + b  (the base layer's own output)
+
+Source: LoRA (Hu et al., 2021, arXiv 2106.09685) for the low-rank term; DoRA (Liu et al., 2024, arXiv 2402.09353) for
+the output scale. This file is the one definition; every other form of the operator is tested against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """What one adapter does at one linear site. Absent pieces are None; `a` and `b` come together.
+
+    a: [r, in], b: [out, r], out_scale: [out], bias: [out].
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    out_scale: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+
+def apply_linear_part(y: Tensor, x: Tensor, part: LinearPart) -> Tensor:
+    """The definition above, differentiable. y: [T, out], x: [T, in] -> [T, out], in y's dtype.
+
+    Everything is computed in the parts' dtype (float32 for training and for the oracle), rounded once at the end.
+    """
+    out = y
+    if part.a is not None and part.b is not None:
+        out = out + part.scale * linear(linear(x.to(part.a.dtype), part.a), part.b)
+    if part.out_scale is not None:
+        out = out * part.out_scale
+    if part.bias is not None:
+        out = out + part.bias
+    return out.to(y.dtype)

@@ -1,0 +1,60 @@
+"""What lowering must know of the base model. Implemented by the runtime's loaded model and by a plain torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """A linear layer of the base that parts can attach to, under the module path the base model gives it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    conv1d: bool
+    """The weight is stored [in, out] (transformers' Conv1D); `weight()` below always returns [out, in]."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """One attention layer's cache: keys [kv_heads, key_dim] and values [kv_heads, value_dim] per token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class BaseModel(Protocol):
+    """The base model as lowering sees it."""
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def linear_sites(self) -> Mapping[str, LinearSite]: ...
+    @property
+    def module_names(self) -> frozenset[str]:
+        """Every module path of the base, to tell "not in this base" from "not a site we serve"."""
+        ...
+
+    @property
+    def kv_shapes(self) -> Sequence[KVShape]: ...
+    def weight(self, site: str) -> Tensor:
+        """The base weight of a linear site, [out, in], in the base's dtype."""
+        ...
+
+    def bias(self, site: str) -> Tensor | None:
+        """The base bias of a linear site, [out], or None."""
+        ...

@@ -1,0 +1,160 @@
+"""The engine's surface: what the server, the client-free `Engine` users and the benchmarks call. Plain values only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from peftmux.runtime.params import (
+    FinishReason,
+    OutputOptions,
+    SamplingParams,
+    StoppingParams,
+    TokenLogprob,
+    Usage,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request. `prompt` holds token ids: text and chat are encoded before (`AsyncEngine.encode*`)."""
+
+    prompt: tuple[int, ...]
+    adapter: str = ""
+    """ "" is the base model, else "name" or "name@revision"."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stopping: StoppingParams = field(default_factory=StoppingParams)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    priority: int = 0
+    deadline: float | None = None
+    """time.monotonic() seconds, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new since the last one. The first carries prompt_logprobs, the last finish_reason and usage."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    adapter_revision: str = ""
+
+
+class AdapterState(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    UNLOADED = "unloaded"
+
+
+class ResidencyLevel(Enum):
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One adapter as `GetAdapter` shows it; the fields are those of peftmux.v1.Adapter."""
+
+    name: str
+    state: AdapterState
+    revision: str = ""
+    kind: str = ""
+    residency: ResidencyLevel | None = None
+    pinned: bool = False
+    min_rank: int = 0
+    max_rank: int = 0
+    applied_sites: int = 0
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    error: str = ""
+    load_seconds: float = 0.0
+    requests_in_flight: int = 0
+    weight: float = 1.0
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    architecture: str
+    vocabulary_size: int
+    context_length: int
+    dtype: str
+    device: str
+    parameters: int
+    adapter_kinds: tuple[str, ...]
+    max_batch_tokens: int
+    max_queued_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and health."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    """0 .. 1, blocks that no request can take now over all blocks."""
+    adapters: Sequence[AdapterInfo]
+    running_by_adapter: dict[str, int]
+    waiting_by_adapter: dict[str, int]
+    healthy: bool
+
+
+class AsyncEngine(Protocol):
+    """Called from one asyncio loop. Errors are those of `peftmux.runtime.errors` and `peftmux.adapters.errors`."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """Yield deltas until the last, which has a finish_reason.
+
+        Raises before the first delta for a request that is refused. Closing the iterator or cancelling the task that
+        awaits it frees the row and its cache within one step. Consumed slowly, deltas merge: none is lost.
+        """
+        ...
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids with the tokenizer's special tokens."""
+        ...
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """(role, content) pairs through the chat template with the generation prompt. InvalidRequest if it has none."""
+        ...
+
+    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The tokenizer's own piece for each id."""
+        ...
+
+    async def load_adapter(
+        self,
+        name: str,
+        source: str,
+        *,
+        revision: str = "",
+        pinned: bool = False,
+        wait: bool = True,
+        replace: bool = False,
+    ) -> AdapterInfo: ...
+
+    async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo: ...
+
+    def get_adapter(self, name: str) -> AdapterInfo: ...
+
+    def list_adapters(self) -> tuple[AdapterInfo, ...]: ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Refuse new requests, let running ones finish within the grace, fail the rest with Draining, then stop."""
+        ...

@@ -1,0 +1,72 @@
+"""The values that cross between scheduler, runner and engine: one frozen plan down, one frozen result up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftmux.runtime.params import OutputOptions, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """The work of one request in one step.
+
+    A row is the request's virtual tokens (negative pseudo-ids, -1 .. -n), then its prompt, then what it generated.
+    `start` counts cache positions from the row's first virtual token; `start + position_offset` is the position id.
+    """
+
+    row: int
+    """The request's id in the engine."""
+    slot: int
+    """Device slot of the adapter revision; 0 is the base model."""
+    tokens: tuple[int, ...]
+    """The tokens to compute now; len 1 for decode."""
+    start: int
+    position_offset: int
+    blocks: tuple[int, ...]
+    """The cache blocks that hold positions 0 .. start + len(tokens) - 1, in order."""
+    samples: bool
+    """The last of `tokens` yields a new token."""
+    generated: int
+    """Tokens generated before this step: the index that seeds the draw."""
+    sampling: SamplingParams
+    output: OutputOptions
+    prompt_logprobs_from: int
+    """With output.prompt_logprobs: rows of `tokens` from this index on predict prompt tokens; else len(tokens)."""
+    next_tokens: tuple[int, ...]
+    """The prompt tokens that those rows predict, in order (the last may be absent at the prompt's end)."""
+    suppressed: tuple[int, ...]
+    """Token ids that may not be drawn yet (end tokens before min_tokens)."""
+    history: tuple[int, ...]
+    """Every real token of the row (prompt and generated); filled only where a penalty needs it."""
+    prompt_length: int
+    """How many of `history` are the prompt's."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Decode rows first, then prefill chunks; inside each, rows of the same slot are adjacent."""
+
+    rows: tuple[RowPlan, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    """Cache blocks to copy (source, destination) before anything is computed."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(r.tokens) for r in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    row: int
+    token: int | None
+    """None where the row's prefill goes on."""
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt tokens named in next_tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    rows: tuple[RowResult, ...]
+    """In the plan's order."""
