@@ -1,0 +1,42 @@
+"""Which form of paged attention a model runs: decided once, when it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.attention.rows import AttentionRows
+from peftmux.kernels.attention.torch_path import paged_attention_torch
+
+
+class Attend(Protocol):
+    """`reference.paged_attention`'s signature."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: AttentionRows,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPath:
+    """The chosen form and its name, for logs and tests."""
+
+    name: str
+    attend: Attend
+
+
+def choose_attention(device: torch.device | str, dtype: torch.dtype) -> AttentionPath:
+    """The fastest form here for a cache of this dtype on this device."""
+    return AttentionPath("torch", paged_attention_torch)

@@ -1,0 +1,103 @@
+"""Which rows a flat batch holds, and where the cache keeps what each of them sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRows:
+    """The rows of one step, built once and read by every layer.
+
+    Row r owns tokens query_starts[r] .. query_starts[r + 1] of the flat batch. Its query i stands at cache index
+    context_lens[r] - query_lens[r] + i: a context counts every key of the row, those of its new tokens included.
+    Tokens past the last row are padding.
+    """
+
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    query_starts: tuple[int, ...]
+    """[R + 1], in tokens of the flat batch."""
+    num_decode: int
+    """The leading rows that have one query each."""
+    table: Tensor
+    """[R + 1, 2 + W] int32 on the device: query start, context, then the blocks, zero-padded; the last row only
+    holds the end of the batch."""
+    threads: int
+    """How many threads torch gives the thread that built this."""
+    _gathers: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+    ) -> AttentionRows:
+        """All three in flat-batch order, decode rows (one query) first. A table may be longer than its context needs.
+
+        Raises ValueError where the three do not fit together. That a table is long enough for its context is the
+        scheduler's invariant.
+        """
+        if not len(query_lens) == len(context_lens) == len(block_tables):
+            raise ValueError(
+                f"expected one context and one block table for each of {len(query_lens)} rows, "
+                f"got {len(context_lens)} and {len(block_tables)}"
+            )
+        for row, (q, n) in enumerate(zip(query_lens, context_lens, strict=True)):
+            if not 1 <= q <= n:
+                raise ValueError(f"row {row}: expected 1 <= query_len <= context_len, got {q} and {n}")
+        starts = (0, *accumulate(query_lens))
+        decode = next((r for r, q in enumerate(query_lens) if q != 1), len(query_lens))
+        table = _pack(starts, context_lens, block_tables)
+        if torch.device(device).type != "cpu":
+            table = table.pin_memory().to(device, non_blocking=True)
+        return cls(tuple(query_lens), tuple(context_lens), starts, decode, table, torch.get_num_threads())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_starts[-1]
+
+    @cached_property
+    def table_address(self) -> int:
+        return self.table.data_ptr()
+
+    def gather(self, first: int, last: int, window: int, block_size: int) -> tuple[Tensor, Tensor]:
+        """Where rows first .. last find the keys that their queries can see.
+
+        -> (slots [rows, S] int64 into the flattened cache, positions [rows, S] int64: the key's cache index, or -1 for
+        filling). Filling repeats the row's first visible key, so that no memory is read that the row does not own.
+        """
+        key = (first, last, window, block_size)
+        if key not in self._gathers:
+            self._gathers[key] = self._gather(*key)
+        return self._gathers[key]
+
+    def _gather(self, first: int, last: int, window: int, block_size: int) -> tuple[Tensor, Tensor]:
+        contexts, queries = self.context_lens[first:last], self.query_lens[first:last]
+        lows = [max(0, n - q + 1 - window) if window else 0 for n, q in zip(contexts, queries, strict=True)]
+        width = max(n - low for n, low in zip(contexts, lows, strict=True))
+        device = self.table.device
+        low = torch.tensor(lows, device=device).unsqueeze(1)
+        positions = low + torch.arange(width, device=device)
+        live = positions < self.table[first:last, 1:2]
+        reads = torch.where(live, positions, low)
+        blocks = self.table[first:last, 2:].gather(1, reads // block_size).long()
+        return blocks * block_size + reads % block_size, torch.where(live, positions, -1)
+
+
+def _pack(starts: Sequence[int], contexts: Sequence[int], tables: Sequence[Sequence[int]]) -> Tensor:
+    width = max(map(len, tables), default=0)
+    rows = [
+        (start, n, *table, *(0,) * (width - len(table)))
+        for start, n, table in zip(starts, contexts, tables, strict=False)
+    ]
+    rows.append((starts[-1], 0) + (0,) * width)
+    return torch.tensor(rows, dtype=torch.int32)

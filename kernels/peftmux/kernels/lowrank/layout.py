@@ -1,0 +1,103 @@
+"""One adapter's parts at one (possibly fused) linear site, as the operators read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.lowrank.reference import LinearPart
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prepared:
+    """Parts of all slices together; N is the sum of the slices, R of their ranks. Owned by the site once put.
+
+    y'[:, slice] = out_scale * (y[:, slice] + (rank_scale * (x A^T))[:, ranks of slice] B) + bias
+    """
+
+    ranks: tuple[int, ...]
+    """Of each slice, 0 where it has no low-rank term."""
+    a: Tensor
+    """[R, K] in the site's dtype: the slices' A below each other."""
+    b: tuple[Tensor, ...]
+    """Of each slice, rank rows [r, N_slice] in the site's dtype."""
+    rank_scale: Tensor
+    """[R] float32: each slice's scale, once a rank."""
+    out_scale: Tensor | None
+    """[N] float32, ones where a slice has none."""
+    bias: Tensor | None
+    """[N] float32, zeros where a slice has none."""
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.a, *self.b, self.rank_scale, self.out_scale, self.bias)
+        return sum(t.nbytes for t in held if t is not None)
+
+
+def prepare(
+    parts: Sequence[LinearPart | None],
+    in_features: int,
+    slices: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Prepared:
+    """Cast and lay out one part per slice (None: this adapter leaves the slice alone).
+
+    Pure, so a loader thread may run it. Raises ValueError for wrong shapes and for values that are not finite in the
+    site's dtype: rows of other adapters may share a product with them.
+    """
+    if len(parts) != len(slices):
+        raise ValueError(f"expected {len(slices)} parts, one per slice, got {len(parts)}")
+    present = [p or LinearPart() for p in parts]
+    for i, (part, out) in enumerate(zip(present, slices, strict=True)):
+        _check(part, i, in_features, out)
+    a = torch.empty(sum(p.rank for p in present), in_features, dtype=dtype, device=device)
+    ends = list(accumulate(p.rank for p in present))
+    b, scales = [], []
+    for part, end, out in zip(present, ends, slices, strict=True):
+        if part.a is None or part.b is None:
+            b.append(torch.empty(0, out, dtype=dtype, device=device))
+            continue
+        a[end - part.rank : end] = part.a
+        b.append(part.b.detach().t().to(device=device, dtype=dtype, memory_format=torch.contiguous_format))
+        scales += [part.scale] * part.rank
+    prepared = Prepared(
+        ranks=tuple(p.rank for p in present),
+        a=a,
+        b=tuple(t.contiguous() for t in b),
+        rank_scale=torch.tensor(scales, dtype=torch.float32, device=device),
+        out_scale=_per_output([p.out_scale for p in present], slices, 1.0, device),
+        bias=_per_output([p.bias for p in present], slices, 0.0, device),
+    )
+    for name in ("a", "b", "rank_scale", "out_scale", "bias"):
+        value = getattr(prepared, name)
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if tensor is not None and not tensor.isfinite().all():
+                raise ValueError(f"expected finite values, got inf or nan in {name} as {dtype}")
+    return prepared
+
+
+def _check(part: LinearPart, index: int, in_features: int, out: int) -> None:
+    if (part.a is None) != (part.b is None):
+        raise ValueError(f"slice {index}: expected a and b together, got only one")
+    expected = {"a": (part.rank, in_features), "b": (out, part.rank), "out_scale": (out,), "bias": (out,)}
+    for name, shape in expected.items():
+        tensor = getattr(part, name)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"slice {index}: expected {name} of shape {shape}, got {tuple(tensor.shape)}")
+
+
+def _per_output(
+    given: Sequence[Tensor | None], slices: tuple[int, ...], fill: float, device: torch.device
+) -> Tensor | None:
+    if all(t is None for t in given):
+        return None
+    whole = torch.full((sum(slices),), fill, dtype=torch.float32, device=device)
+    for target, tensor in zip(torch.split(whole, list(slices)), given, strict=True):
+        if tensor is not None:
+            target.copy_(tensor.detach())
+    return whole

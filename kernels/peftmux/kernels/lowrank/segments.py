@@ -1,0 +1,54 @@
+"""Which tokens of a flat batch belong to which adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The adapters of one step, built once and read by every linear site. Slot 0 is the base model: never touched."""
+
+    runs: tuple[tuple[int, int, int], ...]
+    """(slot, start, end) in tokens of the flat batch, slot > 0, in batch order; neighbours of one slot are one run."""
+    num_tokens: int
+    """Tokens of all rows, the base model's included; tokens from here on are padding."""
+    device: torch.device
+    threads: int
+    """How many threads torch gives the thread that built this."""
+
+    @classmethod
+    def build(cls, slots: Sequence[int], lens: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        """The adapter slot and the number of tokens of each row, in flat-batch order."""
+        if len(slots) != len(lens):
+            raise ValueError(f"expected one length for each of {len(slots)} rows, got {len(lens)}")
+        runs: list[tuple[int, int, int]] = []
+        start = 0
+        for slot, count in zip(slots, lens, strict=True):
+            if slot < 0 or count < 0:
+                raise ValueError(f"expected slots and lengths of at least 0, got slot {slot} of length {count}")
+            end = start + count
+            if slot and count:
+                joined = bool(runs) and runs[-1][0] == slot and runs[-1][2] == start
+                first = runs.pop()[1] if joined else start
+                runs.append((slot, first, end))
+            start = end
+        return cls(tuple(runs), start, torch.device(device), torch.get_num_threads())
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """The adapters in this step, each once, ascending."""
+        return tuple(sorted({slot for slot, _, _ in self.runs}))
+
+    @cached_property
+    def slot_of_token(self) -> Tensor:
+        """[num_tokens] int64 on the device."""
+        owner = torch.zeros(self.num_tokens, dtype=torch.int64)
+        for slot, start, end in self.runs:
+            owner[start:end] = slot
+        return owner.to(self.device)

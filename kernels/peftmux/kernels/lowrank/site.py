@@ -1,0 +1,72 @@
+"""The adapters at one linear site of the base model, and what they add to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.lowrank.layout import Prepared, prepare
+from peftmux.kernels.lowrank.reference import LinearPart
+from peftmux.kernels.lowrank.segments import Segments
+from peftmux.kernels.lowrank.torch_path import TorchPath
+
+
+class LowRankSite:
+    """One linear layer, or several that read the same input and write neighbouring slices of one output.
+
+    `prepare` may run in any thread; everything else belongs to the thread that runs the model.
+    """
+
+    def __init__(
+        self, in_features: int, slices: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.in_features = in_features
+        self.slices = tuple(slices)
+        self.out_features = sum(self.slices)
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._held: dict[int, Prepared] = {}
+        self._path = TorchPath(self.slices)
+
+    @property
+    def path(self) -> str:
+        """Which form of the operator runs here: "native" or "torch"."""
+        return self._path.name
+
+    @property
+    def empty(self) -> bool:
+        return not self._held
+
+    def has(self, slot: int) -> bool:
+        return slot in self._held
+
+    def bytes(self, slot: int) -> int:
+        """What the adapter in this slot occupies here."""
+        return self._held[slot].nbytes
+
+    def prepare(self, parts: Sequence[LinearPart | None]) -> Prepared:
+        """One part per slice, laid out for this site; see `layout.prepare` for its errors."""
+        return prepare(parts, self.in_features, self.slices, self.dtype, self.device)
+
+    def put(self, slot: int, prepared: Prepared) -> None:
+        """Place an adapter; slot 0 is the base model's and a taken slot must be dropped first."""
+        if slot < 1 or slot in self._held:
+            raise ValueError(f"expected a free slot of at least 1, got {slot}")
+        self._held[slot] = prepared
+        self._path.put(slot, prepared)
+
+    def drop(self, slot: int) -> None:
+        """Forget the adapter in this slot, if one is here."""
+        if self._held.pop(slot, None) is not None:
+            self._path.drop(slot)
+
+    def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None:
+        """Add, in place, what each token's adapter does. y: [T, N] the base layer's output, x: [T, K] its input.
+
+        y is row-major (its rows may stand apart), x contiguous. Tokens of slot 0, of slots with nothing here, and from
+        segments.num_tokens on are not written.
+        """
+        if self._held and segments.runs:
+            self._path.apply(y, x, segments)
