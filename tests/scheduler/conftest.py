@@ -1,0 +1,123 @@
+"""A model small enough to reason about, over a real block table: what it answers depends on every cached position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from zlib import crc32
+
+import pytest
+
+from peftmux.runtime.params import OutputOptions, SamplingParams, TokenLogprob
+from peftmux.runtime.scheduler import NewRow, PrefixBlocks, RowPlan, RowResult, Scheduler, StepPlan, StepResult
+
+VOCABULARY = 97
+
+
+def _cell(salt: bytes, token: int, position: int) -> int:
+    """What the model keeps for one token: depends on the adapter, the token and its position id."""
+    return crc32(repr((salt, token, position)).encode())
+
+
+def _next_token(slot: int, cells: Sequence[int]) -> int:
+    return crc32(repr((slot, *cells)).encode()) % VOCABULARY
+
+
+class Serving:
+    """A scheduler with the fake model behind it. `outputs` and `reported` collect what a client would see."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, **options: int) -> None:
+        self.scheduler = Scheduler(num_blocks, block_size, **options)  # type: ignore[arg-type]
+        self.cells: dict[tuple[int, int], int] = {}
+        """(block, offset) -> content; never cleared, so that a wrong table reads something stale."""
+        self.rows: dict[int, NewRow] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.reported: dict[int, list[int]] = {}
+        self.finished: set[int] = set()
+
+    def row(self, id: int, prompt: Sequence[int], new_tokens: int = 5, **fields: object) -> NewRow:
+        prefix = fields.get("prefix")
+        virtual = prefix.length if isinstance(prefix, PrefixBlocks) else int(fields.get("virtual_tokens", 0))  # type: ignore[call-overload]
+        settings: dict[str, object] = {"slot": 0, "sampling": SamplingParams(), "output": OutputOptions(), **fields}
+        return NewRow(id, prompt=tuple(prompt), max_total=virtual + len(prompt) + new_tokens, **settings)  # type: ignore[arg-type]
+
+    def add(self, id: int, prompt: Sequence[int], new_tokens: int = 5, **fields: object) -> None:
+        new = self.row(id, prompt, new_tokens, **fields)
+        self.scheduler.add(new)
+        self.rows[id], self.outputs[id], self.reported[id] = new, [], []
+
+    def load_prefix(self, length: int, salt: bytes) -> PrefixBlocks:
+        prefix = self.scheduler.allocate_prefix(length, salt.decode())
+        for position in range(length):
+            block = prefix.blocks[position // self.scheduler.block_size]
+            self.cells[block, position % self.scheduler.block_size] = _cell(salt, -1 - position, position)
+        return prefix
+
+    def step(self, fails: Callable[[int], bool] = lambda row: False) -> StepPlan | None:
+        """One step, checked: plan, compute, update, finish the rows that have all of their tokens."""
+        plan = self.scheduler.plan()
+        self.scheduler.check()
+        if plan is None:
+            return None
+        for source, target in plan.copies:
+            for offset in range(self.scheduler.block_size):
+                if (source, offset) in self.cells:
+                    self.cells[target, offset] = self.cells[source, offset]
+        self._prove_disjoint_writes(plan)
+        results = tuple(self._compute(row, fails(row.row)) for row in plan.rows)
+        for got in self.scheduler.update(StepResult(results)):
+            self._publish(got)
+        self.scheduler.check()
+        return plan
+
+    def run(self, steps: int = 2000) -> int:
+        """Steps until nothing is left."""
+        for count in range(steps):
+            if self.step() is None:
+                return count
+        raise AssertionError(f"rows are left after {steps} steps")
+
+    def abort(self, id: int) -> None:
+        assert self.scheduler.abort(id)
+        self.finished.add(id)
+
+    def expected(self, id: int, count: int) -> list[int]:
+        """The first `count` tokens of the row, by the model's definition: no batch, no cache."""
+        new = self.rows[id]
+        tokens = [*range(-1, -new.num_virtual - 1, -1), *new.prompt]
+        for _ in range(count):
+            tokens.append(_next_token(new.slot, [_cell(new.salt, t, p) for p, t in enumerate(tokens)]))
+        return tokens[len(tokens) - count :]
+
+    def _prove_disjoint_writes(self, plan: StepPlan) -> None:
+        size, written = self.scheduler.block_size, [target for _, target in plan.copies]
+        for row in plan.rows:
+            assert len(row.blocks) == -(-(row.start + len(row.tokens)) // size)
+            assert 0 not in row.blocks
+            first = row.start // size
+            copied = [t for _, t in plan.copies if t in row.blocks]
+            written += [b for b in row.blocks[first:] if b not in copied]
+        assert len(set(written)) == len(written), "two rows write into one block"
+
+    def _compute(self, row: RowPlan, fails: bool) -> RowResult:
+        new, size = self.rows[row.row], self.scheduler.block_size
+        for position, token in enumerate(row.tokens, row.start):
+            self.cells[row.blocks[position // size], position % size] = _cell(new.salt, token, position)
+        end = row.start + len(row.tokens)
+        cells = [self.cells[row.blocks[p // size], p % size] for p in range(end)]
+        token = _next_token(row.slot, cells) if row.samples and not fails else None
+        return RowResult(row.row, token, None, tuple(TokenLogprob(t, -1.0) for t in row.next_tokens))
+
+    def _publish(self, got: RowResult) -> None:
+        self.reported[got.row] += [entry.token_id for entry in got.prompt_logprobs]
+        if got.token is None:
+            return
+        out, new = self.outputs[got.row], self.rows[got.row]
+        out.append(got.token)
+        if new.num_virtual + len(new.prompt) + len(out) == new.max_total:
+            self.scheduler.finish(got.row)
+            self.finished.add(got.row)
+
+
+@pytest.fixture(scope="session")
+def serving() -> type[Serving]:
+    return Serving
