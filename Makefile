@@ -1,0 +1,81 @@
+# Everything a fresh clone needs is python3 (3.11 to 3.13) and make: each target sets up .venv by itself, once.
+#
+#   make demo     train three adapters, serve them in one batch, show the answers side by side
+#   make test     the test suite                        make lint     format, lint, types, import contracts, protos
+#   make bench    the benchmark (BENCH_ARGS="...")      make gpu      GPU tests and benchmark, with the machine's python
+#   make base     train the embedded base model anew    make protos   regenerate protos/peftmux/v1
+#
+# PYTHON=python3.12        the interpreter that .venv is made with
+# TORCH_INDEX=URL          one more package index, for torch alone (its CPU build, another CUDA build); read when .venv is
+#                          made, so remove .venv to change torch's build
+# PYTEST_ARGS="-k name"    passed to pytest by `make test`
+# GPU_PYTHON=PATH          the interpreter of `make gpu` (nothing is installed into it)
+
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?=
+GPU_RESULTS ?= benchmarks/results
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ROOTS := runtime:kernels:trainer:protos
+# torch is the one long download: pip's bar shows where there is a terminal.
+TORCH_QUIET := $(shell test -t 2 || echo --quiet)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint lint-style lint-types lint-imports bench gpu base protos dev clean
+
+demo: $(VENV)/.run
+	$(BIN)/peftmux demo
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: lint-style lint-types lint-imports
+
+lint-style: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+lint-types: $(VENV)/.dev
+	$(BIN)/mypy
+
+lint-imports: $(VENV)/.dev
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.dev
+	$(BIN)/peftmux bench $(BENCH_ARGS)
+
+gpu:
+	PYTHONPATH=$(ROOTS) $(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS)
+
+dev: $(VENV)/.dev
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+
+# Stamps: .python (the environment), .torch, .run (what demo needs), .dev (tests and lint as well).
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
+	    "expected Python 3.11 or newer, got %d.%d: choose another with PYTHON=..." % v)'
+	@echo "environment: creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "expected a python3 with its venv module (Debian: python3-venv)"; exit 1; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	@echo "environment: installing torch$(if $(TORCH_INDEX), (also from $(TORCH_INDEX))) - the largest part"
+	@$(PIP) install $(TORCH_QUIET) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	@echo "environment: installing peftmux with what it runs and trains on"
+	@$(PIP) install --quiet -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "environment: installing peftmux with its test and lint tools"
+	@$(PIP) install --quiet -c constraints.txt -e '.[train,test,dev]'
+	@touch $(VENV)/.run $@

@@ -1,0 +1,84 @@
+"""The wheel: built here, it holds every module and data file of the four roots and imports from nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+REPOSITORY = Path(__file__).parents[2]
+ROOTS = ("runtime", "kernels", "trainer", "protos")
+# What stays in the repository alone: caches and libraries that a machine has built for itself.
+LEFT_OUT = {".pyc", ".so", ".o"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of the tracked and new files, so that a test run leaves nothing behind."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    for root in ROOTS:
+        shutil.copytree(REPOSITORY / root, source / root, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.o"))
+    for name in ("pyproject.toml", "README.md", ".gitignore"):
+        shutil.copy(REPOSITORY / name, source / name)
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    (only,) = built.glob("*.whl")
+    return only
+
+
+def test_wheel_holds_every_file_of_the_roots(wheel):
+    expected = {
+        str(path.relative_to(REPOSITORY / root))
+        for root in ROOTS
+        for path in (REPOSITORY / root / "peftmux").rglob("*")
+        if path.is_file() and path.suffix not in LEFT_OUT
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
+    assert names == expected
+
+
+@pytest.mark.parametrize("kind", [".py", ".pyi", ".proto", "/py.typed"])
+def test_wheel_holds_each_kind_of_file(wheel, kind):
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.endswith(kind)]
+
+
+def test_wheel_imports_without_the_repository(wheel, tmp_path):
+    """All four roots come from the wheel, whatever this environment has installed."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    check = "import sys; sys.path = [p for p in sys.path if 'peftmux' not in p]\n" + "\n".join(
+        f"import {name}; assert {name}.__file__.startswith({str(tmp_path)!r}), {name}.__file__"
+        for name in ("peftmux.runtime", "peftmux.adapters", "peftmux.kernels", "peftmux.v1.inference_pb2")
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env=environment, check=True, timeout=120)
+
+
+def test_command_is_an_entry_point(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (entry,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        text = archive.read(entry).decode()
+    assert "peftmux = peftmux.cli.main:main" in text
+
+
+def test_every_requirement_is_pinned_and_allowed():
+    """constraints.txt names what pyproject.toml names, exactly, within the bounds that pyproject.toml gives."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [Requirement(line) for line in [*project["dependencies"], *(r for extra in extras for r in extra)]]
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = {r.name: r for r in (Requirement(line) for line in lines if line and not line.startswith("#"))}
+    assert len(pins) == sum(1 for line in lines if line and not line.startswith("#"))
+    for requirement in wanted:
+        (pin,) = pins[requirement.name].specifier
+        assert pin.operator == "==", pin
+        assert requirement.specifier.contains(pin.version), f"{requirement} does not allow {pin}"
