@@ -1,6 +1,40 @@
-"""Why an adapter cannot be served. Messages say what was expected and what was found."""
+"""Why an adapter cannot be served. Messages say what was expected and what was found.
+
+AdapterError
+|-- AdapterInvalid    it exists but cannot be served exactly; `reason` is one of Reason
+|-- SourceNotFound    the source does not exist
+`-- SourceForbidden   the source is outside the adapter root, or of a scheme that is not allowed
+"""
 
 from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """The ErrorInfo reasons of AdapterInvalid. Clients may depend on them: add, never rename."""
+
+    MISSING_FILE = "MISSING_FILE"
+    PICKLE = "PICKLE"
+    UNSUPPORTED_FORMAT = "UNSUPPORTED_FORMAT"
+    MALFORMED_CONFIG = "MALFORMED_CONFIG"
+    MALFORMED_TENSORS = "MALFORMED_TENSORS"
+    TOO_LARGE = "TOO_LARGE"
+    CHANGED_WHILE_LOADING = "CHANGED_WHILE_LOADING"
+    UNSUPPORTED_METHOD = "UNSUPPORTED_METHOD"
+    UNSUPPORTED_TASK = "UNSUPPORTED_TASK"
+    UNSUPPORTED_FIELD = "UNSUPPORTED_FIELD"
+    INVALID_FIELD = "INVALID_FIELD"
+    UNSUPPORTED_DTYPE = "UNSUPPORTED_DTYPE"
+    UNKNOWN_SITE = "UNKNOWN_SITE"
+    UNSUPPORTED_SITE = "UNSUPPORTED_SITE"
+    NO_SITES = "NO_SITES"
+    MISSING_TENSOR = "MISSING_TENSOR"
+    UNUSED_TENSOR = "UNUSED_TENSOR"
+    SHAPE_MISMATCH = "SHAPE_MISMATCH"
+    RANK_MISMATCH = "RANK_MISMATCH"
+    BASE_WEIGHT_DIFFERS = "BASE_WEIGHT_DIFFERS"
+    NOT_FINITE = "NOT_FINITE"
 
 
 class AdapterError(Exception):
@@ -12,7 +46,7 @@ class AdapterInvalid(AdapterError):
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason = str(reason)
         """UPPER_SNAKE_CASE, e.g. UNUSED_TENSOR: the ErrorInfo reason."""
 
 

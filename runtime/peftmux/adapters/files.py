@@ -1,0 +1,161 @@
+"""A PEFT adapter folder, read: `adapter_config.json` and `adapter_model.safetensors`. Nothing in it is trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from peftmux.adapters.digest import adapter_digest
+from peftmux.adapters.errors import AdapterInvalid, Reason, SourceForbidden, SourceNotFound
+from peftmux.adapters.tensorfile import TensorIndex, TensorInfo, read_index, read_tensors
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TENSOR_BYTES = 16 << 30
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_MAX_LISTED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter in memory: its config as parsed, its tensors in their stored dtype on the CPU, its identity."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    path: Path
+    fd: int
+    signature: tuple[int, ...]
+
+    def check_unchanged(self) -> None:
+        try:
+            now = [_signature(os.fstat(self.fd)), _signature(os.stat(self.path))]
+        except FileNotFoundError:
+            now = []
+        if now != [self.signature] * 2:
+            raise AdapterInvalid(Reason.CHANGED_WHILE_LOADING, f"{self.path.name} changed while it was being read")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAdapter:
+    """A folder whose config and tensor header are read and checked, and whose tensors are not read yet."""
+
+    config: Mapping[str, Any]
+    index: TensorIndex
+    config_file: _OpenFile
+    tensor_file: _OpenFile
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.index.tensors
+
+    def read(self) -> AdapterFiles:
+        """Read the tensors. Raises AdapterInvalid(CHANGED_WHILE_LOADING) if either file was touched since opening."""
+        tensors = read_tensors(self.tensor_file.fd, self.index)
+        self.config_file.check_unchanged()
+        self.tensor_file.check_unchanged()
+        return AdapterFiles(self.config, tensors, adapter_digest(self.config, tensors))
+
+
+def read_adapter(folder: str | Path, *, root: str | Path | None = None) -> AdapterFiles:
+    """Read a whole adapter folder. Arguments and errors as `open_adapter`."""
+    with open_adapter(folder, root=root) as adapter:
+        return adapter.read()
+
+
+@contextmanager
+def open_adapter(
+    folder: str | Path, *, root: str | Path | None = None, max_bytes: int = MAX_TENSOR_BYTES
+) -> Iterator[OpenAdapter]:
+    """Open a folder and check all that can be checked without reading its tensors.
+
+    After symbolic links both files must lie under `root` (the folder itself by default); `max_bytes` bounds the tensor
+    file. Raises SourceNotFound, SourceForbidden, AdapterInvalid.
+    """
+    real = Path(os.path.realpath(folder))
+    if not real.is_dir():
+        raise SourceNotFound(f"no adapter folder {Path(folder).name!r}")
+    inside = Path(os.path.realpath(root)) if root is not None else real
+    with ExitStack() as stack:
+        config_file = _open(stack, real, CONFIG_FILE, inside)
+        config = parse_config(_read_all(config_file))
+        tensor_file = _open(stack, real, TENSOR_FILE, inside)
+        size = tensor_file.signature[2]
+        if size > max_bytes:
+            raise AdapterInvalid(Reason.TOO_LARGE, f"{TENSOR_FILE}: expected at most {max_bytes} bytes, got {size}")
+        yield OpenAdapter(config, read_index(tensor_file.fd, size), config_file, tensor_file)
+
+
+def parse_config(raw: bytes) -> dict[str, Any]:
+    """The fields of an adapter_config.json. Raises AdapterInvalid(MALFORMED_CONFIG)."""
+    try:
+        config = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{CONFIG_FILE} is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        got = type(config).__name__
+        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{CONFIG_FILE}: expected an object, got {got}")
+    return config
+
+
+def _open(stack: ExitStack, folder: Path, name: str, inside: Path) -> _OpenFile:
+    path = Path(os.path.realpath(folder / name))
+    if not path.is_relative_to(inside):
+        raise SourceForbidden(f"{name} is a link that leaves the adapter's folder")
+    try:  # O_NONBLOCK: opening a named pipe must not wait for its writer
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        _refuse_missing(folder, name)
+    stack.callback(os.close, fd)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterInvalid(Reason.MISSING_FILE, f"{name}: expected a regular file")
+    return _OpenFile(path, fd, _signature(status))
+
+
+def _refuse_missing(folder: Path, name: str) -> NoReturn:
+    """Say what is there instead, where that helps: a pickle, or AdapterHub's files."""
+    names = sorted(entry.name for entry, _ in zip(os.scandir(folder), range(_MAX_LISTED), strict=False))
+    pickles = [n for n in names if n.endswith(_PICKLES)]
+    if name == TENSOR_FILE and "adapter.safetensors" in names:
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_FORMAT, f"expected {TENSOR_FILE} as PEFT writes it, got AdapterHub's adapter.safetensors"
+        )
+    if name == TENSOR_FILE and pickles:
+        raise AdapterInvalid(
+            Reason.PICKLE,
+            f"expected {TENSOR_FILE}, got {pickles[0]}: pickles are never opened here because they can run code; "
+            "convert the folder offline with `peftmux adapters convert`",
+        )
+    raise AdapterInvalid(Reason.MISSING_FILE, f"expected {name}, got {', '.join(names[:8]) or 'an empty folder'}")
+
+
+def _read_all(file: _OpenFile) -> bytes:
+    if file.signature[2] > MAX_CONFIG_BYTES:
+        raise AdapterInvalid(
+            Reason.TOO_LARGE, f"{CONFIG_FILE}: expected at most {MAX_CONFIG_BYTES} bytes, got {file.signature[2]}"
+        )
+    return os.pread(file.fd, MAX_CONFIG_BYTES, 0)
+
+
+def _signature(status: os.stat_result) -> tuple[int, ...]:
+    """Device, inode, size and times: unchanged means the same file with the same content."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

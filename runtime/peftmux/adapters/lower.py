@@ -1,0 +1,79 @@
+"""From an adapter's files to the parts that the engine knows. Fails closed: exactly what the files say, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftmux.adapters.base import BaseModel
+from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.files import MAX_TENSOR_BYTES, AdapterFiles, open_adapter
+from peftmux.adapters.methods import METHODS
+from peftmux.adapters.methods.registry import Plan, Shapes
+from peftmux.adapters.parts import LoweredAdapter
+
+
+def load_adapter(
+    path: str | Path, base: BaseModel, *, root: str | Path | None = None, max_bytes: int = MAX_TENSOR_BYTES
+) -> LoweredAdapter:
+    """Read, check and lower a PEFT adapter folder for `base`.
+
+    Names, shapes and fields are checked before the tensors are read. `root` and `max_bytes` as `open_adapter`.
+    Raises AdapterInvalid with a Reason, SourceNotFound, SourceForbidden.
+    """
+    with open_adapter(path, root=root, max_bytes=max_bytes) as adapter:
+        plan_adapter(adapter.config, {name: info.shape for name, info in adapter.tensors.items()}, base)
+        files = adapter.read()
+    return lower(files, base)
+
+
+def lower(files: AdapterFiles, base: BaseModel) -> LoweredAdapter:
+    """The parts of an adapter on `base`. Every tensor is used exactly once. Raises AdapterInvalid with a Reason."""
+    plan = plan_adapter(files.config, {name: tuple(t.shape) for name, t in files.tensors.items()}, base)
+    parts = plan.build({name: _finite(name, tensor) for name, tensor in files.tensors.items()})
+    return LoweredAdapter(
+        kind=plan.kind,
+        digest=files.digest,
+        linear=parts.linear,
+        prefix=parts.prefix,
+        tensors=len(files.tensors),
+        parameters=sum(t.numel() for t in files.tensors.values()),
+        warnings=plan.warnings,
+    )
+
+
+def plan_adapter(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
+    """Everything that can be judged without the tensors' values."""
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or not peft_type:
+        hint = " (AdapterHub's files are not offered yet)" if "config" in config else ""
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_FORMAT, f"field peft_type: expected {_served()} as PEFT writes it, got none{hint}"
+        )
+    if peft_type not in METHODS:
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_METHOD,
+            f"field peft_type: expected {_served()}, got {peft_type[:80]!r}, which is not served",
+        )
+    return METHODS[peft_type].plan(config, shapes, base)
+
+
+def served_kinds(base: BaseModel) -> tuple[str, ...]:
+    """The kinds of adapter that can be lowered for this base."""
+    return tuple(kind for method in METHODS.values() for kind in method.kinds(base))
+
+
+def _served() -> str:
+    return " or ".join(sorted(METHODS))
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as finite float32. The smallest and largest value show it: NaN propagates through both."""
+    values = tensor.detach().to(device="cpu", dtype=torch.float32)
+    if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
+        raise AdapterInvalid(Reason.NOT_FINITE, f"tensor {name}: expected finite values, got NaN or infinity")
+    return values

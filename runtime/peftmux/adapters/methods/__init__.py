@@ -1,0 +1,8 @@
+"""The methods that can be lowered, one file and one registration each, by the `peft_type` of their files."""
+
+from __future__ import annotations
+
+from peftmux.adapters.methods import lora, prefix
+from peftmux.adapters.methods.registry import Method
+
+METHODS: dict[str, Method] = {method.peft_type: method for method in (lora.METHOD, prefix.METHOD)}

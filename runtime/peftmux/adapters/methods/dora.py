@@ -1,0 +1,47 @@
+"""DoRA: the variant of LoRA that also learns each output feature's magnitude.
+
+    y = m / ||W + s B A|| * (W x + s B A x) + b        ||.|| per output feature, no epsilon; the bias is not scaled
+
+Source: Liu et al., 2024, arXiv 2402.09353.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftmux.adapters.base import BaseModel
+from peftmux.adapters.errors import AdapterInvalid, Reason
+
+_ROWS_AT_A_TIME = 1 << 22
+"""Weight elements: bounds the float32 copy of a bfloat16 weight to 16 MB."""
+
+
+def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """||W + scale B A|| of each row, without forming B A: ||w||^2 + 2 s (B . W A^T) + s^2 (B A A^T . B).
+
+    weight: [out, in], a: [r, in], b: [out, r] -> [out], in a's dtype. Differentiable.
+    """
+    weight = weight.to(a.dtype)
+    cross = (b * (weight @ a.T)).sum(dim=1)
+    added = (b * (b @ (a @ a.T))).sum(dim=1)
+    return (weight.square().sum(dim=1) + 2 * scale * cross + scale**2 * added).clamp_min(0).sqrt()
+
+
+def dora_out_scale(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+    """magnitude / ||W + scale B A||: [out]. The gradient reaches the magnitude only, as in the paper's section 4.3."""
+    return magnitude / weight_norm(weight, a, b, scale).detach()
+
+
+def site_out_scale(base: BaseModel, site: str, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+    """`dora_out_scale` at a site of the base, some rows at a time, where the weight is; the result is on the CPU."""
+    weight = base.weight(site)
+    rows = max(1, _ROWS_AT_A_TIME // weight.shape[1])
+    a, b, magnitude = (t.to(weight.device) for t in (a, b, magnitude))
+    pieces = (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
+    out_scale = torch.cat([dora_out_scale(weight[p], a, b[p], scale, magnitude[p]) for p in pieces]).cpu()
+    if not out_scale.isfinite().all():
+        raise AdapterInvalid(
+            Reason.NOT_FINITE, f"{site}: expected a positive norm of W + s BA for every output feature, got a zero"
+        )
+    return out_scale

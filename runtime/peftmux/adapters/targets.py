@@ -1,0 +1,99 @@
+"""Which of the base's modules a config targets: PEFT's rules for target_modules and what narrows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from peftmux.adapters.base import BaseModel
+from peftmux.adapters.config import Honoured, is_layers, is_text_or_texts, show
+from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.patterns import PatternMatcher
+
+_NAMES = "a list of module names or a regular expression"
+FIELDS = {
+    "target_modules": Honoured(None, is_text_or_texts, f'{_NAMES}, or "all-linear"'),
+    "exclude_modules": Honoured(None, is_text_or_texts, _NAMES),
+    "layers_to_transform": Honoured(None, is_layers, "a layer number or a list of them"),
+    "layers_pattern": Honoured(None, is_text_or_texts, "a name or a list of names"),
+}
+
+
+def target_sites(
+    fields: Mapping[str, Any], present: Iterable[str], base: BaseModel, matcher: PatternMatcher
+) -> list[str]:
+    """The linear sites of the base that the config targets, in name order.
+
+    `present` are the sites that have tensors; they stand in for target_modules where that is unset (PEFT then takes a
+    list it keeps for each architecture). Raises AdapterInvalid where a targeted module is not a linear site.
+    """
+    targets = fields["target_modules"]
+    if targets is None:
+        targets = sorted({site.rsplit(".", 1)[-1] for site in present})
+    _check_layers(fields, targets)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        chosen = [site for site in base.linear_sites if not _is_output_embedding(site, base)]
+    else:
+        chosen = list(_matching(fields, targets, base, matcher))
+    chosen = sorted(site for site in chosen if not _excluded(fields["exclude_modules"], site, matcher))
+    for site in chosen:
+        if site not in base.linear_sites:
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_SITE, f"field target_modules names {site}, which is not a linear layer: not served"
+            )
+    if not chosen:
+        raise AdapterInvalid(
+            Reason.NO_SITES, f"field target_modules: {show(targets)} matches no linear layer of {base.architecture}"
+        )
+    return chosen
+
+
+def _matching(
+    fields: Mapping[str, Any], targets: str | list[str], base: BaseModel, matcher: PatternMatcher
+) -> Iterator[str]:
+    names = base.module_names | base.linear_sites.keys()
+    if isinstance(targets, str):
+        yield from (name for name in names if matcher.full("target_modules", targets, name))
+        return
+    wanted = set(targets)
+    for name in names:
+        if wanted.intersection(_endings(name)) and _in_layers(fields, name, matcher):
+            yield name
+
+
+def _check_layers(fields: Mapping[str, Any], targets: str | list[str]) -> None:
+    """PEFT refuses to build these combinations, so no file of its own has them."""
+    narrowing = [name for name in ("layers_to_transform", "layers_pattern") if fields[name] is not None]
+    if narrowing and isinstance(targets, str):
+        raise AdapterInvalid(
+            Reason.INVALID_FIELD,
+            f"field {narrowing[0]}: expected a list in target_modules with it, got {show(targets)}",
+        )
+    if narrowing == ["layers_pattern"]:
+        raise AdapterInvalid(Reason.INVALID_FIELD, "field layers_pattern: expected layers_to_transform with it")
+
+
+def _in_layers(fields: Mapping[str, Any], name: str, matcher: PatternMatcher) -> bool:
+    layers, patterns = fields["layers_to_transform"], fields["layers_pattern"] or []
+    if layers is None:
+        return True
+    index = matcher.layer_index("layers_pattern", [patterns] if isinstance(patterns, str) else patterns, name)
+    return index is not None and index in (layers if isinstance(layers, list) else [layers])
+
+
+def _excluded(excluded: str | list[str] | None, name: str, matcher: PatternMatcher) -> bool:
+    if isinstance(excluded, str):
+        return matcher.full("exclude_modules", excluded, name)
+    return excluded is not None and not set(excluded).isdisjoint(_endings(name))
+
+
+def _endings(name: str) -> list[str]:
+    """The name itself and every ending of it that begins after a dot."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _is_output_embedding(site: str, base: BaseModel) -> bool:
+    """The language model head, which "all-linear" leaves out: vocabulary-wide and in no numbered layer."""
+    wide = base.linear_sites[site].out_features == base.vocab_size
+    return wide and not any(part.isdigit() for part in site.split("."))

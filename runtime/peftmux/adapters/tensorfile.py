@@ -1,0 +1,140 @@
+"""The safetensors container, read without trust: header first, then only the bytes the header rightly describes.
+
+Read with pread rather than mapped, so that a file cut short while it is being loaded is an error and not a SIGBUS.
+Format: header length (u64, little-endian), JSON header {name: {dtype, shape, data_offsets}}, data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftmux.adapters.errors import AdapterInvalid, Reason
+
+MAX_HEADER_BYTES = 4 << 20
+"""About 30,000 tensors; a LoRA over every linear layer of an 80-layer model has 1,120."""
+MAX_DIMENSIONS = 8
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READ_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What the header says of one tensor. Offsets are bytes from the start of the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorIndex:
+    """A checked header: the tensors lie in order, without holes, and end where the file ends."""
+
+    tensors: Mapping[str, TensorInfo]
+    data_start: int
+
+
+def read_index(fd: int, file_bytes: int) -> TensorIndex:
+    """Read and check the header of an open file of `file_bytes` bytes. Raises AdapterInvalid."""
+    if file_bytes < 8:
+        raise _malformed(f"expected at least 8 bytes, got {file_bytes}")
+    length = int.from_bytes(_pread(fd, 8, 0), "little")
+    if length > file_bytes - 8:
+        raise _malformed(f"the header claims {length} bytes, but only {file_bytes - 8} follow")
+    if length > MAX_HEADER_BYTES:
+        raise _malformed(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got {length}")
+    return TensorIndex(parse_header(_pread(fd, length, 8), file_bytes - 8 - length), 8 + length)
+
+
+def parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors that the JSON header names; they must cover exactly `data_bytes` bytes."""
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"the header is not valid JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _malformed(f"expected the header to be an object, got {type(header).__name__}")
+    header.pop("__metadata__", None)
+    infos = {name: _info(name, entry) for name, entry in header.items()}
+    position = 0
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise _malformed(f"tensor {name!r} should begin at byte {position} of the data, but begins at {info.begin}")
+        position = info.end
+    if position != data_bytes:
+        raise _malformed(f"the header describes {position} bytes of data, the file has {data_bytes}")
+    return infos
+
+
+def read_tensors(fd: int, index: TensorIndex) -> dict[str, Tensor]:
+    """Every tensor of the file, in its stored dtype, on the CPU."""
+    return {name: _read_tensor(fd, index.data_start, info) for name, info in index.tensors.items()}
+
+
+def _read_tensor(fd: int, data_start: int, info: TensorInfo) -> Tensor:
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    if not tensor.numel():
+        return tensor
+    view = byte_view(tensor)
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + _READ_BYTES]], data_start + info.begin + done)
+        if not got:
+            raise AdapterInvalid(Reason.CHANGED_WHILE_LOADING, "the tensor file became shorter while it was being read")
+        done += got
+    return tensor
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _info(name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _malformed(f"tensor {name!r}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_DTYPE, f"tensor {name!r}: expected dtype {', '.join(_DTYPES)}, got {dtype!r:.40}"
+        )
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _malformed(f"tensor {name!r}: expected a shape of at most {MAX_DIMENSIONS} natural numbers")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise _malformed(f"tensor {name!r}: expected two data offsets")
+    expected, span = prod(shape) * _DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    if span != expected:
+        raise _malformed(f"tensor {name!r}: its shape and dtype need {expected} bytes, its offsets span {span}")
+    return TensorInfo(_DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
+
+
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    data = os.pread(fd, size, offset)
+    if len(data) != size:
+        raise _malformed(f"expected {size} bytes at {offset}, got {len(data)}")
+    return data
+
+
+def _malformed(message: str) -> AdapterInvalid:
+    return AdapterInvalid(Reason.MALFORMED_TENSORS, f"adapter_model.safetensors: {message}")

@@ -1,0 +1,85 @@
+"""A plain transformers causal LM as lowering sees it: for the trainer, for tests and for `peftmux adapters inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from peftmux.adapters.base import KVShape, LinearSite
+
+
+class TorchBase:
+    """Implements `BaseModel`. The module stays the caller's; its weights are read, never changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        config: Any = module.config
+        self._text_config = config.get_text_config(decoder=True)
+
+    @property
+    def architecture(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._text_config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._text_config.vocab_size)
+
+    @cached_property
+    def linear_sites(self) -> Mapping[str, LinearSite]:
+        sites = (_site(name, module) for name, module in self.module.named_modules())
+        return {site.name: site for site in sites if site}
+
+    @cached_property
+    def module_names(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.module.named_modules() if name)
+
+    @cached_property
+    def kv_shapes(self) -> Sequence[KVShape]:
+        """As the model fills its own cache for one token: right for every architecture, also where layers differ."""
+        return _probe_cache(self.module)
+
+    def weight(self, site: str) -> Tensor:
+        weight = self.module.get_parameter(f"{site}.weight").detach()
+        return weight.T if self.linear_sites[site].conv1d else weight
+
+    def bias(self, site: str) -> Tensor | None:
+        return self.module.get_parameter(f"{site}.bias").detach() if self.linear_sites[site].has_bias else None
+
+
+def _site(name: str, module: nn.Module) -> LinearSite | None:
+    if isinstance(module, nn.Linear):
+        return LinearSite(name, module.in_features, module.out_features, module.bias is not None, conv1d=False)
+    if isinstance(module, Conv1D):
+        rows, columns = module.weight.shape
+        return LinearSite(name, rows, columns, module.bias is not None, conv1d=True)
+    return None
+
+
+@torch.no_grad()
+def _probe_cache(module: Any) -> tuple[KVShape, ...]:
+    """One token through the model in eval mode (checkpointing in training would switch the cache off)."""
+    cache = DynamicCache(config=module.config)
+    was_training = module.training
+    module.eval()
+    try:
+        device = next(module.parameters()).device
+        module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+    finally:
+        module.train(was_training)
+    layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    filled = [(layer.keys, layer.values) for layer in layers]
+    return tuple(KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in filled)

@@ -1,0 +1,86 @@
+"""An adapter folder, written so that no reader ever sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from peftmux.adapters.digest import adapter_digest
+from peftmux.adapters.files import CONFIG_FILE, TENSOR_FILE
+
+
+def write_adapter(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> str:
+    """Write PEFT's two files (and `extra_files`, by plain name) and return the content's digest.
+
+    A new or empty `folder` appears in one rename. One that holds files keeps those that are not named here; its
+    config is taken away first and put back last, so a reader finds the old adapter, none, or the new one.
+    """
+    folder = Path(folder)
+    plain = {name: _plain(value) for name, value in config.items()}
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    files: dict[str, bytes] = {name: _bytes(name, data) for name, data in (extra_files or {}).items()}
+    files[TENSOR_FILE] = save(stored, metadata={"format": "pt"})
+    files[CONFIG_FILE] = json.dumps(dict(sorted(plain.items())), indent=2, allow_nan=False).encode()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
+    aside.mkdir()
+    try:
+        for name, data in files.items():
+            _write_durably(aside / name, data)
+        _sync_folder(aside)
+        _publish(aside, folder, list(files))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return adapter_digest(plain, stored)
+
+
+def _publish(aside: Path, folder: Path, names: list[str]) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        os.rename(aside, folder)
+    else:
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        _sync_folder(folder)
+        for name in names:  # the config is the last of them
+            os.replace(aside / name, folder / name)
+        _sync_folder(folder)
+    _sync_folder(folder.parent)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _plain(value: Any) -> Any:
+    """Sets become sorted lists: what PEFT holds as a set has no order of its own."""
+    return sorted(value) if isinstance(value, set | frozenset) else value
+
+
+def _bytes(name: str, data: str | bytes) -> bytes:
+    if Path(name).name != name or name in (CONFIG_FILE, TENSOR_FILE, ".", ".."):
+        raise ValueError(f"extra file: expected a plain file name other than the adapter's own, got {name!r}")
+    return data.encode() if isinstance(data, str) else data
