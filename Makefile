@@ -21,12 +21,11 @@ GPU_RESULTS ?= benchmarks/results
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-ROOTS := runtime:kernels:trainer:protos
 # torch is the one long download: pip's bar shows where there is a terminal.
 TORCH_QUIET := $(shell test -t 2 || echo --quiet)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lint-style lint-types lint-imports bench gpu base protos dev clean
+.PHONY: demo test lint lint-style lint-types lint-imports lint-protos bench gpu base protos dev clean
 
 demo: $(VENV)/.run
 	$(BIN)/peftmux demo
@@ -34,7 +33,7 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: lint-style lint-types lint-imports
+lint: lint-style lint-types lint-imports lint-protos
 
 lint-style: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -46,18 +45,24 @@ lint-types: $(VENV)/.dev
 lint-imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 
+lint-protos: $(VENV)/.protos
+	$(VENV)/protos/bin/python protos/generate.py --check
+
 bench: $(VENV)/.dev
 	$(BIN)/peftmux bench $(BENCH_ARGS)
 
 gpu:
-	PYTHONPATH=$(ROOTS) $(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS)
+	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS)
+
+protos: $(VENV)/.protos
+	$(VENV)/protos/bin/python protos/generate.py
 
 dev: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
 
-# Stamps: .python (the environment), .torch, .run (what demo needs), .dev (tests and lint as well).
+# Stamps: .python (the environment), .torch, .run (what demo needs), .dev (tests and lint as well), .protos.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 	    "expected Python 3.11 or newer, got %d.%d: choose another with PYTHON=..." % v)'
@@ -79,3 +84,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "environment: installing peftmux with its test and lint tools"
 	@$(PIP) install --quiet -c constraints.txt -e '.[train,test,dev]'
 	@touch $(VENV)/.run $@
+
+# The generator is older than protobuf here on purpose (see protos/generate.py), so it has an environment of its own.
+$(VENV)/.protos: $(VENV)/.python protos/generate.py
+	@echo "environment: installing the proto generator"
+	@$(PYTHON) -m venv --clear $(VENV)/protos
+	@$(VENV)/protos/bin/python -m pip --disable-pip-version-check install --quiet \
+	    grpcio-tools==$$(sed -n 's/^GENERATOR = "\(.*\)"$$/\1/p' protos/generate.py)
+	@touch $@
