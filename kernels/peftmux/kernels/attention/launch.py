@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from peftmux.kernels import native
+from peftmux.kernels.attention.cache import write_kv
+from peftmux.kernels.attention.native_path import NativeAttention
 from peftmux.kernels.attention.rows import AttentionRows
 from peftmux.kernels.attention.torch_path import paged_attention_torch
 
@@ -35,8 +39,13 @@ class AttentionPath:
 
     name: str
     attend: Attend
+    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    """`cache.write_kv`."""
 
 
 def choose_attention(device: torch.device | str, dtype: torch.dtype) -> AttentionPath:
     """The fastest form here for a cache of this dtype on this device."""
-    return AttentionPath("torch", paged_attention_torch)
+    if native.Library.supports(device, dtype) and (library := native.load()):
+        own = NativeAttention(library, dtype)
+        return AttentionPath("native", own.attend, own.write_kv)
+    return AttentionPath("torch", paged_attention_torch, write_kv)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,17 +23,19 @@ class Prepared:
     a: Tensor
     """[R, K] in the site's dtype: the slices' A below each other."""
     b: tuple[Tensor, ...]
-    """Of each slice, rank rows [r, N_slice] in the site's dtype."""
+    """Of each slice, rank rows [r, N_slice] in the site's dtype: neighbours in `b_storage`."""
+    b_storage: Tensor
+    """[sum of r * N_slice]."""
     rank_scale: Tensor
     """[R] float32: each slice's scale, once a rank."""
     out_scale: Tensor | None
-    """[N] float32, ones where a slice has none."""
+    """[N] float32, ones where a slice has none; None together with bias."""
     bias: Tensor | None
     """[N] float32, zeros where a slice has none."""
 
     @property
     def nbytes(self) -> int:
-        held = (self.a, *self.b, self.rank_scale, self.out_scale, self.bias)
+        held = (self.a, self.b_storage, self.rank_scale, self.out_scale, self.bias)
         return sum(t.nbytes for t in held if t is not None)
 
 
@@ -55,29 +56,30 @@ def prepare(
     present = [p or LinearPart() for p in parts]
     for i, (part, out) in enumerate(zip(present, slices, strict=True)):
         _check(part, i, in_features, out)
-    a = torch.empty(sum(p.rank for p in present), in_features, dtype=dtype, device=device)
-    ends = list(accumulate(p.rank for p in present))
-    b, scales = [], []
-    for part, end, out in zip(present, ends, slices, strict=True):
-        if part.a is None or part.b is None:
-            b.append(torch.empty(0, out, dtype=dtype, device=device))
-            continue
-        a[end - part.rank : end] = part.a
-        b.append(part.b.detach().t().to(device=device, dtype=dtype, memory_format=torch.contiguous_format))
-        scales += [part.scale] * part.rank
+    ranks = tuple(p.rank for p in present)
+    b_storage = torch.empty(sum(r * n for r, n in zip(ranks, slices, strict=True)), dtype=dtype, device=device)
+    areas = torch.split(b_storage, [r * n for r, n in zip(ranks, slices, strict=True)])
+    b = tuple(area.view(r, n) for area, r, n in zip(areas, ranks, slices, strict=True))
+    a = torch.empty(sum(ranks), in_features, dtype=dtype, device=device)
+    for part, a_rows, b_rows in zip(present, torch.split(a, list(ranks)), b, strict=True):
+        if part.a is not None and part.b is not None:
+            a_rows.copy_(part.a.detach())
+            b_rows.copy_(part.b.detach().t())
+    scales = [part.scale for part in present for _ in range(part.rank)]
+    changed = any(p.out_scale is not None or p.bias is not None for p in present)
     prepared = Prepared(
-        ranks=tuple(p.rank for p in present),
+        ranks=ranks,
         a=a,
-        b=tuple(t.contiguous() for t in b),
+        b=b,
+        b_storage=b_storage,
         rank_scale=torch.tensor(scales, dtype=torch.float32, device=device),
-        out_scale=_per_output([p.out_scale for p in present], slices, 1.0, device),
-        bias=_per_output([p.bias for p in present], slices, 0.0, device),
+        out_scale=_per_output([p.out_scale for p in present], slices, 1.0, device) if changed else None,
+        bias=_per_output([p.bias for p in present], slices, 0.0, device) if changed else None,
     )
-    for name in ("a", "b", "rank_scale", "out_scale", "bias"):
+    for name in ("a", "b_storage", "rank_scale", "out_scale", "bias"):
         value = getattr(prepared, name)
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if tensor is not None and not tensor.isfinite().all():
-                raise ValueError(f"expected finite values, got inf or nan in {name} as {dtype}")
+        if value is not None and not value.isfinite().all():
+            raise ValueError(f"expected finite values, got inf or nan in {name.removesuffix('_storage')} as {dtype}")
     return prepared
 
 
@@ -91,11 +93,7 @@ def _check(part: LinearPart, index: int, in_features: int, out: int) -> None:
             raise ValueError(f"slice {index}: expected {name} of shape {shape}, got {tuple(tensor.shape)}")
 
 
-def _per_output(
-    given: Sequence[Tensor | None], slices: tuple[int, ...], fill: float, device: torch.device
-) -> Tensor | None:
-    if all(t is None for t in given):
-        return None
+def _per_output(given: Sequence[Tensor | None], slices: tuple[int, ...], fill: float, device: torch.device) -> Tensor:
     whole = torch.full((sum(slices),), fill, dtype=torch.float32, device=device)
     for target, tensor in zip(torch.split(whole, list(slices)), given, strict=True):
         if tensor is not None:

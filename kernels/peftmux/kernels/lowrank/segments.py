@@ -46,6 +46,11 @@ class Segments:
         return tuple(sorted({slot for slot, _, _ in self.runs}))
 
     @cached_property
+    def by_slot(self) -> Tensor:
+        """The runs sorted by slot, [runs, 3] int32 on the CPU."""
+        return torch.tensor(sorted(self.runs), dtype=torch.int32)
+
+    @cached_property
     def slot_of_token(self) -> Tensor:
         """[num_tokens] int64 on the device."""
         owner = torch.zeros(self.num_tokens, dtype=torch.int64)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftmux.kernels import native
 from peftmux.kernels.lowrank.layout import Prepared, prepare
+from peftmux.kernels.lowrank.native_path import NativePath
 from peftmux.kernels.lowrank.reference import LinearPart
 from peftmux.kernels.lowrank.segments import Segments
 from peftmux.kernels.lowrank.torch_path import TorchPath
@@ -28,7 +30,11 @@ class LowRankSite:
         self.dtype = dtype
         self.device = torch.device(device)
         self._held: dict[int, Prepared] = {}
-        self._path = TorchPath(self.slices)
+        library = native.load() if native.Library.supports(device, dtype) else None
+        self._path: NativePath | TorchPath = (
+            NativePath(library, in_features, self.slices, dtype) if library else TorchPath(self.slices)
+        )
+        self._shapes = (self.out_features, in_features)
 
     @property
     def path(self) -> str:
@@ -68,5 +74,11 @@ class LowRankSite:
         y is row-major (its rows may stand apart), x contiguous. Tokens of slot 0, of slots with nothing here, and from
         segments.num_tokens on are not written.
         """
-        if self._held and segments.runs:
-            self._path.apply(y, x, segments)
+        if not self._held or not segments.runs:
+            return
+        if (y.shape[1], x.shape[1]) != self._shapes or y.shape[0] != x.shape[0] or not y.dtype is x.dtype is self.dtype:
+            raise ValueError(
+                f"expected y [T, {self.out_features}] and x [T, {self.in_features}] in {self.dtype}, "
+                f"got {tuple(y.shape)} in {y.dtype} and {tuple(x.shape)} in {x.dtype}"
+            )
+        self._path.apply(y, x, segments)

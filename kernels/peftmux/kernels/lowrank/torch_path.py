@@ -62,7 +62,7 @@ class TorchPath:
 
     def _apply_run(self, y: Tensor, x: Tensor, held: Prepared) -> None:
         t = (x @ held.a.t()).float() * held.rank_scale
-        if held.out_scale is None and held.bias is None:
+        if held.out_scale is None or held.bias is None:
             for piece, target, b in zip(
                 torch.split(t, list(held.ranks), 1), torch.split(y, list(self._slices), 1), held.b, strict=True
             ):
@@ -75,15 +75,11 @@ class TorchPath:
         ):
             if b.shape[0]:
                 target.addmm_(piece, b.float())
-        if held.out_scale is not None:
-            total *= held.out_scale
-        if held.bias is not None:
-            total += held.bias
-        y.copy_(total)
+        y.copy_(total * held.out_scale + held.bias)
 
 
 def _stackable(held: Prepared) -> bool:
-    return held.out_scale is None and held.bias is None
+    return held.out_scale is None
 
 
 def _stack(

@@ -1,0 +1,101 @@
+"""Paged attention in C++ (native/src/attention.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.attention.rows import AttentionRows
+from peftmux.kernels.native import Library
+
+
+class NativeAttention:
+    """Attention and cache writes for caches of one dtype in CPU memory."""
+
+    def __init__(self, library: Library, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._attention = library.function("peftmux_attention", dtype)
+        self._store_kv = library.function("peftmux_store_kv", dtype)
+
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: AttentionRows,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As `reference.paged_attention`; q's tokens may stand apart, its heads not."""
+        tokens, heads, key_dim = q.shape
+        _, block, kv_heads, value_dim = v_cache.shape
+        if not q.dtype is k_cache.dtype is v_cache.dtype is self._dtype:
+            raise ValueError(f"expected {self._dtype}, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}")
+        if k_cache.shape != (*v_cache.shape[:3], key_dim) or heads % kv_heads or tokens < rows.num_tokens:
+            raise ValueError(
+                f"expected q [T >= {rows.num_tokens}, H, Dk] and caches [NB, BS, Hkv, D] with H a multiple of Hkv, "
+                f"got {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+            )
+        if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+            raise ValueError("expected contiguous caches")
+        if q.stride(2) != 1 or q.stride(1) != key_dim:
+            q = q.contiguous()
+        if sinks is not None:
+            sinks = sinks.to(torch.float32).contiguous()
+        out = torch.empty(tokens, heads, value_dim, dtype=self._dtype)
+        table = rows.table
+        self._attention(
+            q.data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            rows.table_address,
+            table.stride(0),
+            len(rows.query_lens),
+            tokens,
+            heads,
+            kv_heads,
+            key_dim,
+            value_dim,
+            block,
+            scale,
+            softcap or 0.0,
+            window or 0,
+            rows.threads,
+        )
+        return out
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+        """As `cache.write_kv`; slots must lie in the cache."""
+        tokens, heads, key_dim = k.shape
+        value_dim = v.shape[2]
+        if not k.dtype is v.dtype is k_cache.dtype is v_cache.dtype is self._dtype or slots.dtype is not torch.int64:
+            raise ValueError(f"expected {self._dtype} and int64 slots, got {k.dtype}, {v.dtype}, {k_cache.dtype}")
+        if k_cache.shape[2:] != k.shape[1:] or v_cache.shape[2:] != v.shape[1:] or slots.shape != (tokens,):
+            raise ValueError(
+                f"expected k, v and slots that fit caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, "
+                f"got {tuple(k.shape)}, {tuple(v.shape)} and {tuple(slots.shape)}"
+            )
+        if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+            raise ValueError("expected contiguous caches")
+        if k.stride()[1:] != (key_dim, 1):
+            k = k.contiguous()
+        if v.stride()[1:] != (value_dim, 1):
+            v = v.contiguous()
+        self._store_kv(
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slots.data_ptr(),
+            tokens,
+            heads * key_dim,
+            heads * value_dim,
+        )

@@ -1,0 +1,260 @@
+// The gathered low-rank operator at one linear site, for all adapters of a step in one call:
+//     y[t] = out_scale * (y[t] + (rank_scale * (A x[t])) B) + bias,    per slice of y, accumulated in float32
+// Two stages: t = A x for all tokens, then what t adds to y. A unit of work holds all rows of one adapter (up to
+// ROWS), so its weights are read once. An element of t or y is computed by one thread in an order that depends on
+// nothing but its own row and weights.
+
+#include <algorithm>
+#include <vector>
+
+#include "vec.h"
+#include "work.h"
+
+namespace peftmux {
+
+// The layouts of `lowrank/native_path.py`.
+struct Slot {
+  const void* a;             // [R, in]
+  const void* b;             // the slices' [r, n] one after the other
+  const float* rank_scale;   // [R]
+  const float* out_scale;    // [out], or null together with bias
+  const float* bias;         // [out]
+  const int32_t* rank_ends;  // [slices]; null: no adapter in this slot
+};
+
+struct Site {
+  int32_t in, out, slices, slots;
+  const int32_t* slice_ends;  // [slices]
+  const Slot* table;          // [slots]
+};
+
+struct Run {
+  int32_t slot, start, end;
+};
+
+namespace {
+
+constexpr int ROWS = 96;
+constexpr int RANKS = W == 16 ? 8 : 4;    // of one tile of the first stage
+constexpr int X_ROWS = 3;                 // rows of one tile of the first stage
+constexpr int VECTORS = W == 16 ? 4 : 2;  // columns of one tile of the second stage, in vectors
+constexpr int Y_ROWS = 4;
+constexpr int COLUMNS = 256;  // of one unit of the second stage
+
+// Rows of one adapter: tokens[first .. first + count); its ranks stand at t + offset, [R][count].
+struct Group {
+  const Slot* slot;
+  int first, count;
+  int64_t offset;
+};
+
+struct ShrinkUnit {
+  int group, rank, row;
+};
+
+struct ExpandUnit {
+  int group, slice, column, row;
+};
+
+struct Plan {
+  std::vector<int32_t> tokens;
+  std::vector<Group> groups;
+  std::vector<ShrinkUnit> shrink;
+  std::vector<ExpandUnit> expand;
+  std::vector<float> t;
+};
+
+int ranks_of(const Slot& s, int slices) { return s.rank_ends[slices - 1]; }
+
+void plan_group(Plan& plan, const Site& site, const Slot& slot, int first) {
+  Group g{&slot, first, (int)plan.tokens.size() - first, (int64_t)plan.t.size()};
+  int index = (int)plan.groups.size(), ranks = ranks_of(slot, site.slices);
+  plan.groups.push_back(g);
+  plan.t.resize(plan.t.size() + (size_t)ranks * g.count);
+  for (int row = 0; row < g.count; row += ROWS) {
+    for (int rank = 0; rank < ranks; rank += RANKS) plan.shrink.push_back({index, rank, row});
+    for (int s = 0, begin = 0, rank = 0; s < site.slices; begin = site.slice_ends[s], rank = slot.rank_ends[s], ++s) {
+      if (slot.rank_ends[s] == rank && !slot.out_scale) continue;
+      for (int c = begin; c < site.slice_ends[s]; c += COLUMNS) plan.expand.push_back({index, s, c, row});
+    }
+  }
+}
+
+// `runs` is sorted by slot.
+void make_plan(Plan& plan, const Site& site, const Run* runs, int count) {
+  plan.tokens.clear(), plan.groups.clear(), plan.shrink.clear(), plan.expand.clear(), plan.t.clear();
+  for (int i = 0; i < count;) {
+    int slot = runs[i].slot, first = (int)plan.tokens.size();
+    bool held = slot < site.slots && site.table[slot].rank_ends;
+    for (; i < count && runs[i].slot == slot; ++i)
+      if (held)
+        for (int t = runs[i].start; t < runs[i].end; ++t) plan.tokens.push_back(t);
+    if (held) plan_group(plan, site, site.table[slot], first);
+  }
+}
+
+// out[n * ld + m] = scale[n] * dot(x[m], a[n])
+template <class T, int M, int N>
+void dot_tile(const T* const* x, const T* a, int k, const float* scale, float* out, int64_t ld) {
+  typedef Dot<T> D;
+  vf acc[M][N] = {};
+  int i = 0;
+  for (; i + D::STEP <= k; i += D::STEP) {
+    typename D::V xs[M];
+    for (int m = 0; m < M; ++m) xs[m] = D::get(x[m] + i);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      typename D::V as = D::get(a + (int64_t)n * k + i);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) acc[m][n] = D::mac(acc[m][n], xs[m], as);
+    }
+  }
+  if (i < k)
+    for (int n = 0; n < N; ++n) {
+      typename D::V as = D::get(a + (int64_t)n * k + i, k - i);
+      for (int m = 0; m < M; ++m) acc[m][n] = D::mac(acc[m][n], D::get(x[m] + i, k - i), as);
+    }
+  for (int n = 0; n < N; ++n)
+    for (int m = 0; m < M; ++m) out[n * ld + m] = scale[n] * sum(acc[m][n]);
+}
+
+template <class T, int N>
+void dot_rows(const T* const* x, int rows, const T* a, int k, const float* scale, float* out, int64_t ld) {
+  int m = 0;
+  for (; m + X_ROWS <= rows; m += X_ROWS) dot_tile<T, X_ROWS, N>(x + m, a, k, scale, out + m, ld);
+  if (rows - m == 2) dot_tile<T, 2, N>(x + m, a, k, scale, out + m, ld);
+  if (rows - m == 1) dot_tile<T, 1, N>(x + m, a, k, scale, out + m, ld);
+}
+
+template <class T>
+void shrink(const Site& site, Plan& plan, const ShrinkUnit& u, const T* x, int64_t x_stride) {
+  const Group& g = plan.groups[u.group];
+  const T* rows[ROWS];
+  int count = std::min(ROWS, g.count - u.row), k = site.in;
+  for (int m = 0; m < count; ++m) rows[m] = x + plan.tokens[g.first + u.row + m] * x_stride;
+  int end = std::min(u.rank + RANKS, ranks_of(*g.slot, site.slices));
+  for (int n = u.rank; n < end;) {
+    const T* a = (const T*)g.slot->a + (int64_t)n * k;
+    const float* scale = g.slot->rank_scale + n;
+    float* out = plan.t.data() + g.offset + (int64_t)n * g.count + u.row;
+    if (end - n == RANKS) {
+      dot_rows<T, RANKS>(rows, count, a, k, scale, out, g.count);
+      n += RANKS;
+    } else {
+      dot_rows<T, 1>(rows, count, a, k, scale, out, g.count);
+      n += 1;
+    }
+  }
+}
+
+// What a tile of the second stage reads besides y: t[j * t_stride + m], b[j * b_stride + c], j < ranks.
+template <class T>
+struct Terms {
+  const float* t;
+  int64_t t_stride;
+  const T* b;
+  int64_t b_stride;
+  int ranks;
+  const float* out_scale;
+  const float* bias;
+};
+
+inline vf finish(vf y, vf added, const float* out_scale, const float* bias, int n) {
+  vf v = y + added;
+  if (!out_scale) return v;
+  return n < W ? fma(v, load(out_scale, n), load(bias, n)) : fma(v, load(out_scale), load(bias));
+}
+
+// M rows, C whole vectors of columns from y[m] on.
+template <class T, int M, int C>
+void add_tile(const Terms<T>& s, T* const* y, int column) {
+  vf acc[M][C] = {};
+  for (int j = 0; j < s.ranks; ++j) {
+    vf b[C];
+    for (int c = 0; c < C; ++c) b[c] = load(s.b + j * s.b_stride + c * W);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      vf t = splat(s.t[j * s.t_stride + m]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[m][c] = fma(t, b[c], acc[m][c]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < C; ++c) {
+      T* to = y[m] + column + c * W;
+      const float* scale = s.out_scale ? s.out_scale + c * W : nullptr;
+      store(to, finish(load(to), acc[m][c], scale, s.bias + c * W, W));
+    }
+}
+
+// One row, the last n < W columns.
+template <class T>
+void add_tail(const Terms<T>& s, T* y, int n) {
+  vf acc = {};
+  for (int j = 0; j < s.ranks; ++j) acc = fma(splat(s.t[j * s.t_stride]), load(s.b + j * s.b_stride, n), acc);
+  store(y, finish(load(y, n), acc, s.out_scale, s.bias, n), n);
+}
+
+template <class T, int C>
+void add_rows(const Terms<T>& s, T* const* y, int rows, int column) {
+  Terms<T> at = s;
+  int m = 0;
+  for (; m + Y_ROWS <= rows; m += Y_ROWS, at.t = s.t + m) add_tile<T, Y_ROWS, C>(at, y + m, column);
+  for (; m < rows; ++m, at.t = s.t + m) add_tile<T, 1, C>(at, y + m, column);
+}
+
+template <class T>
+void expand(const Site& site, const Plan& plan, const ExpandUnit& u, T* y, int64_t y_stride) {
+  const Group& g = plan.groups[u.group];
+  const Slot& slot = *g.slot;
+  T* rows[ROWS];
+  int count = std::min(ROWS, g.count - u.row);
+  for (int m = 0; m < count; ++m) rows[m] = y + plan.tokens[g.first + u.row + m] * y_stride;
+  const T* b = (const T*)slot.b;
+  int begin = 0, rank = 0;
+  for (int s = 0; s < u.slice; begin = site.slice_ends[s], rank = slot.rank_ends[s], ++s)
+    b += (int64_t)(slot.rank_ends[s] - rank) * (site.slice_ends[s] - begin);
+  int width = site.slice_ends[u.slice] - begin, end = std::min(u.column + COLUMNS, site.slice_ends[u.slice]);
+  Terms<T> terms{plan.t.data() + g.offset + (int64_t)rank * g.count + u.row,
+                 g.count,
+                 b + (u.column - begin),
+                 width,
+                 slot.rank_ends[u.slice] - rank,
+                 slot.out_scale ? slot.out_scale + u.column : nullptr,
+                 slot.bias ? slot.bias + u.column : nullptr};
+  auto advance = [&](int columns) {
+    terms.b += columns;
+    if (terms.out_scale) terms.out_scale += columns, terms.bias += columns;
+    return columns;
+  };
+  int c = u.column;
+  while (c + VECTORS * W <= end) add_rows<T, VECTORS>(terms, rows, count, c), c += advance(VECTORS * W);
+  while (c + W <= end) add_rows<T, 1>(terms, rows, count, c), c += advance(W);
+  for (int m = 0; c < end && m < count; ++m, ++terms.t) add_tail<T>(terms, rows[m] + c, end - c);
+}
+
+template <class T>
+void apply(const Site& site, T* y, int64_t y_stride, const T* x, int64_t x_stride, const Run* runs, int count,
+           int threads) {
+  static thread_local Plan plan;
+  make_plan(plan, site, runs, count);
+  Plan& p = plan;
+  share(
+      threads, (int)p.shrink.size(), [&](int i) { shrink<T>(site, p, p.shrink[i], x, x_stride); },
+      (int)p.expand.size(), [&](int i) { expand<T>(site, p, p.expand[i], y, y_stride); });
+}
+
+}  // namespace
+
+}  // namespace peftmux
+
+extern "C" void peftmux_lowrank_f32(const peftmux::Site* site, float* y, int64_t y_stride, const float* x,
+                                    int64_t x_stride, const peftmux::Run* runs, int32_t count, int32_t threads) {
+  peftmux::apply(*site, y, y_stride, x, x_stride, runs, count, threads);
+}
+
+extern "C" void peftmux_lowrank_bf16(const peftmux::Site* site, peftmux::bf16* y, int64_t y_stride,
+                                     const peftmux::bf16* x, int64_t x_stride, const peftmux::Run* runs, int32_t count,
+                                     int32_t threads) {
+  peftmux::apply(*site, y, y_stride, x, x_stride, runs, count, threads);
+}
