@@ -46,7 +46,7 @@ TESTING = {"pytest": "pytest", "pytest_timeout": "pytest-timeout"}
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One part of the run. `status`: "passed", "failed", "timed out" or "not run"; `note` says why it is not "passed"."""
+    """One part of the run. `status`: "passed", "failed", "timed out" or "not run"; `note`: why it is not "passed"."""
 
     status: str
     seconds: float = 0.0
