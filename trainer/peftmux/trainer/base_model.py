@@ -1,0 +1,36 @@
+"""Loading the base model and its tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.options import RunOptions
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+
+def load_base(options: RunOptions) -> tuple[Any, Any]:
+    """(model, tokenizer), the model on the CPU. Raises OptionError where the name gives no causal LM."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    try:
+        config = AutoConfig.from_pretrained(options.model)
+        if config.is_encoder_decoder:
+            raise OptionError("model", f"expected a decoder-only causal LM, {options.model} is an encoder-decoder")
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        message = f"{options.model} cannot be loaded as a causal LM with its tokenizer: {error}"
+        raise OptionError("model", message) from error
+    if tokenizer.eos_token_id is None and options.append_eos:
+        raise OptionError("append-eos", "the tokenizer has no end-of-sequence token; give --no-append-eos")
+    return model, tokenizer
+
+
+def longest_row(model: Any, reserved: int) -> int:
+    """Tokens a row may have when `reserved` positions are taken by the adapter."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) - reserved if limit else 1 << 30

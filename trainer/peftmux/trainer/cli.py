@@ -1,0 +1,96 @@
+"""`peftmux train METHOD ...`: flags > environment PEFTMUX_* > the file of --config > defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftmux.adapters.errors import AdapterError
+from peftmux.trainer.config_file import file_arguments
+from peftmux.trainer.errors import TrainerError
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status: 0, 1 for a refused run, 2 for bad usage, 130 after Ctrl-C. `argv` follows `train`."""
+    from peftmux.trainer.methods import METHODS
+
+    if not argv or argv[0] not in METHODS:
+        return _overview(argv)
+    try:
+        return _run(argv[0], argv[1:])
+    except SystemExit as stop:  # argparse has printed its message
+        return int(stop.code or 0)
+    except (TrainerError, AdapterError) as error:
+        print(f"peftmux train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("peftmux train: interrupted, nothing written", file=sys.stderr)
+        return 130
+
+
+def _overview(argv: Sequence[str]) -> int:
+    from peftmux.trainer.methods import METHODS
+
+    asked = bool(argv) and argv[0] in ("-h", "--help")
+    lines = ["usage: peftmux train METHOD --model M --data D.jsonl --out DIR [options]", "", "methods:"]
+    lines += [f"  {m.name:<12} {m.summary}" for m in METHODS.values()]
+    lines += ["", "peftmux train METHOD --help lists a method's options."]
+    if argv and not asked:
+        lines.append(f"\npeftmux train: METHOD: expected one of {', '.join(METHODS)}; got {argv[0]!r}")
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    from peftmux.trainer.loop import run_training
+    from peftmux.trainer.methods import get_method
+    from peftmux.trainer.options import RunOptions, build_config
+
+    method = get_method(name)
+    parser = build_parser(name)
+    given = vars(parser.parse_args([*file_arguments(parser, argv, os.environ), *argv]))
+    given.pop("config", None)
+    options = _take(given, RunOptions)
+    config = _take(given, method.config_class)
+    result = run_training(method, build_config(RunOptions, options), build_config(method.config_class, config), given)
+    if result.steps:
+        print(f"{name} adapter after {result.steps} steps: {result.out}")
+    return 0
+
+
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """Every flag of one method. An option not given is not in the namespace, so that defaults stay in one place."""
+    from peftmux.trainer.flags import add_fields
+    from peftmux.trainer.methods import get_method
+    from peftmux.trainer.options import RunOptions
+    from transformers import HfArgumentParser, TrainingArguments
+
+    method = get_method(name)
+    parser = HfArgumentParser(
+        (),
+        prog=f"peftmux train {name}",
+        description=f"Train {method.summary}.",
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of options by name")
+    add_fields(parser.add_argument_group("run"), RunOptions)
+    add_fields(parser.add_argument_group(name), method.config_class)
+    training = HfArgumentParser([TrainingArguments], add_help=False)  # type: ignore[list-item]
+    for action in training._actions:
+        action.default = argparse.SUPPRESS
+    group = parser.add_argument_group("training (transformers' TrainingArguments)")
+    if "--warmup-ratio" not in training._option_string_actions:
+        group.add_argument("--warmup-ratio", "--warmup_ratio", type=float, default=argparse.SUPPRESS, metavar="SHARE")
+    for action in training._actions:
+        group._add_action(action)
+    return parser
+
+
+def _take(given: dict[str, Any], config_class: type[Any]) -> Mapping[str, Any]:
+    names = [f.name for f in dataclasses.fields(config_class)]
+    return {name: given.pop(name) for name in names if name in given}

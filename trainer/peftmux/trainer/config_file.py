@@ -1,0 +1,66 @@
+"""Options from a YAML file and from the environment, as the flags they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from peftmux.trainer.errors import OptionError
+
+ENVIRONMENT = "PEFTMUX_"
+
+
+def file_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Flags to put before the command line's own, which then win: the file of --config, then the environment.
+
+    PEFTMUX_MAX_STEPS=100 is --max-steps 100; variables that name no option are somebody else's. Raises OptionError for
+    a file that cannot be read, or that names an option the parser does not have.
+    """
+    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    arguments: list[str] = []
+    given, _ = _config_parser().parse_known_args(list(argv))
+    if given.config:
+        for name, value in _read(given.config).items():
+            dest = str(name).replace("-", "_")
+            if dest not in actions or dest == "config":
+                raise OptionError("config", f"{given.config}: no such option {name!r}")
+            arguments += _flag(actions[dest], value)
+    for name, text in environment.items():
+        dest = name.removeprefix(ENVIRONMENT).lower()
+        if name.startswith(ENVIRONMENT) and dest in actions and dest != "config":
+            arguments += _flag(actions[dest], yaml.safe_load(text) if actions[dest].nargs == "+" else text)
+    return arguments
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _read(path: str) -> Mapping[object, object]:
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError("config", f"{path}: {error}") from None
+    if not isinstance(options, dict):
+        raise OptionError("config", f"{path}: expected options by name, found {type(options).__name__}")
+    return options
+
+
+def _flag(action: argparse.Action, value: object) -> list[str]:
+    """One option as command-line words. null leaves the default."""
+    name = max(action.option_strings, key=lambda flag: "-" in flag.strip("-"))
+    if value is None:
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction):
+        on = value if isinstance(value, bool) else str(value).lower() in ("1", "true", "yes", "on")
+        return [action.option_strings[0] if on else action.option_strings[0].replace("--", "--no-", 1)]
+    if isinstance(value, dict):
+        return [name, json.dumps(value)]
+    if isinstance(value, list):
+        return [name, *map(str, value)]
+    return [name, str(value)]

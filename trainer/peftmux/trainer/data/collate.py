@@ -1,0 +1,39 @@
+"""Examples to one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peftmux.trainer.data.encode import IGNORED, Example
+
+
+@dataclass(frozen=True, slots=True)
+class PaddingCollator:
+    """Pads on the right to the longest row. B rows of at most T tokens give input_ids [B, T] and labels [B, K].
+
+    There is no attention mask: attention is causal, so no real token sees the padding behind it, and its labels are
+    ignored. With `crop_logits` the batch carries `logits_to_keep` = K, the number of trailing positions whose logits
+    some label needs, and the labels of just these; K = T otherwise.
+    """
+
+    pad_id: int
+    crop_logits: bool
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        longest = max(len(e.input_ids) for e in examples)
+        ids = np.full((len(examples), longest), self.pad_id, dtype=np.int64)
+        labels = np.full((len(examples), longest), IGNORED, dtype=np.int64)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.input_ids)] = example.input_ids
+            labels[row, : len(example.labels)] = example.labels
+        batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        if self.crop_logits:
+            # The token at i is predicted at i - 1, so the logits from first_label - 1 on are needed.
+            keep = longest - min(e.first_label for e in examples) + 1
+            batch["labels"] = batch["labels"][:, longest - keep :]
+            batch["logits_to_keep"] = keep
+        return batch

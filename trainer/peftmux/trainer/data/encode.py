@@ -1,0 +1,134 @@
+"""From rows to token ids and labels. Learned is what the model is to write: completions, assistant turns, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from peftmux.trainer.data.rows import Row
+from peftmux.trainer.data.segments import Segment, segment_rows
+from peftmux.trainer.errors import DataError
+
+IGNORED = -100
+"""The label of a token that is not learned, as torch's cross entropy has it."""
+
+OverLong = Literal["error", "truncate", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as the model sees it. `labels[i]` is `input_ids[i]` where it is learned, IGNORED elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def first_label(self) -> int:
+        """Index of the first learned token that some token precedes (position 0 is never predicted)."""
+        return next(i for i, label in enumerate(self.labels) if i and label != IGNORED)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedData:
+    """All examples of a file, with what was done to get them."""
+
+    examples: list[Example]
+    format: str
+    truncated: int = 0
+    dropped: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.input_ids) for e in self.examples)
+
+    @property
+    def learned_tokens(self) -> int:
+        return sum(label != IGNORED for e in self.examples for label in e.labels[1:])
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    max_length: int,
+    over_long: OverLong = "error",
+    append_eos: bool = True,
+) -> EncodedData:
+    """Tokenise checked rows. `max_length` is in tokens, the end-of-sequence token included.
+
+    A row's tokens begin with exactly the tokens its prompt alone would get, so that what is learned is what a server
+    will be asked. Raises DataError: a row longer than `max_length` (unless `over_long` cuts its end or drops it; both
+    are counted), a row that would have nothing to learn, no row left.
+    """
+    bos, eos = _special_prefix(tokenizer), tokenizer.eos_token_id
+    segmented = segment_rows(rows, tokenizer, path)
+    encoded = _tokenise(segmented, tokenizer)
+    examples: list[Example] = []
+    truncated = dropped = 0
+    for row, segments, parts in zip(rows, segmented, encoded, strict=True):
+        example = _assemble(segments, parts, [] if row.format == "messages" else bos, eos if append_eos else None)
+        length = len(example.input_ids)
+        if length > max_length:
+            if over_long == "error":
+                message = f"expected at most {max_length} tokens, found {length} (--over-long truncate or drop goes on)"
+                raise DataError(path, row.line, message)
+            if over_long == "drop":
+                dropped += 1
+                continue
+            example = Example(example.input_ids[:max_length], example.labels[:max_length])
+            truncated += 1
+        if all(label == IGNORED for label in example.labels[1:]):
+            raise DataError(path, row.line, f"nothing to learn is left in its {len(example.input_ids)} tokens")
+        examples.append(example)
+    if not examples:
+        raise DataError(path, None, f"expected rows of at most {max_length} tokens, found all {dropped} longer")
+    return EncodedData(examples, rows[0].format, truncated, dropped)
+
+
+def _special_prefix(tokenizer: Any) -> list[int]:
+    """The ids a tokenizer puts before any text ([BOS], or nothing). What it puts after a text is left out."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start])
+    return []
+
+
+def _tokenise(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[list[list[int]]]:
+    """Ids of every segment of every row, in two calls.
+
+    A segment is tokenised together with what precedes it (so that spaces merge as they do in running text) unless
+    that would change the preceding tokens; then it is tokenised alone.
+    """
+    running = ["".join(s.text for s in row[: i + 1]) for row in rows for i in range(len(row))]
+    alone = [s.text for row in rows for s in row[1:]]
+    running_ids = iter(tokenizer(running, add_special_tokens=False)["input_ids"])
+    alone_ids = iter(tokenizer(alone, add_special_tokens=False)["input_ids"] if alone else [])
+    return [_split_row(len(row), running_ids, alone_ids) for row in rows]
+
+
+def _split_row(segments: int, running: Any, alone: Any) -> list[list[int]]:
+    parts = [list(next(running))]
+    so_far = list(parts[0])
+    for _ in range(segments - 1):
+        joined, separate = next(running), next(alone)
+        tail = joined[len(so_far) :] if joined[: len(so_far)] == so_far else separate
+        parts.append(list(tail))
+        so_far += tail
+    return parts
+
+
+def _assemble(segments: Sequence[Segment], parts: Sequence[list[int]], bos: list[int], eos: int | None) -> Example:
+    ids, labels = list(bos), [IGNORED] * len(bos)
+    for segment, part in zip(segments, parts, strict=True):
+        ids += part
+        labels += part if segment.learned else [IGNORED] * len(part)
+        if segment.ends_turn and eos is not None:
+            end = [] if part and part[-1] == eos else [eos]
+            ids += end
+            labels += end
+    return Example(ids, labels)

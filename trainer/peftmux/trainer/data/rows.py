@@ -1,0 +1,127 @@
+"""Reading data files: JSON lines, or Parquet where pyarrow is installed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftmux.trainer.errors import DataError
+
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+"""The columns each format of a file needs. Other columns are ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One checked row. `line` is 1-based: the line of a JSONL file, the row of a Parquet file."""
+
+    line: int
+    format: str
+    fields: Mapping[str, object]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file, in order, each checked for its columns and their types.
+
+    The first row decides the file's format; every other row must have the same columns.
+    Raises DataError with the file and the line: no such file, no rows, broken JSON, a missing column, a wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(path, None, "expected a file of rows, found " + ("a folder" if path.is_dir() else "nothing"))
+    records = _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
+    rows: list[Row] = []
+    kind = ""
+    for line, record in records:
+        kind = kind or _detect_format(path, line, record)
+        rows.append(Row(line, kind, _checked(path, line, record, kind)))
+    if not rows:
+        raise DataError(path, None, "expected at least one row, found an empty file")
+    return rows
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 (hex) of the file's bytes: what the model card names as the data."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """Blank lines are skipped; numbering counts them."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                message = f"expected UTF-8 text, found {error.reason} at byte {error.start}"
+                raise DataError(path, number, message) from None
+            except json.JSONDecodeError as error:
+                raise DataError(path, number, f"broken JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(record, dict):
+                raise DataError(path, number, f"expected a JSON object, found {_type_name(record)}")
+            yield number, record
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    try:
+        import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise DataError(path, None, "Parquet needs pyarrow: install it, or give JSON lines") from None
+    try:
+        records = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise DataError(path, None, f"expected a Parquet file: {error}") from None
+    yield from enumerate(records, start=1)
+
+
+def _detect_format(path: Path, line: int, record: Mapping[str, object]) -> str:
+    matching = [name for name, columns in FORMATS.items() if all(c in record for c in columns)]
+    if len(matching) == 1:
+        return matching[0]
+    wanted = " or ".join("{" + ", ".join(columns) + "}" for columns in FORMATS.values())
+    found = ", ".join(map(repr, record)) or "none"
+    if matching:
+        raise DataError(path, line, f"expected the columns of one format, {wanted}; found several: {found}")
+    raise DataError(path, line, f"expected the columns {wanted}; found {found}")
+
+
+def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> Mapping[str, object]:
+    for column in FORMATS[kind]:
+        if column not in record:
+            found = ", ".join(map(repr, record)) or "none"
+            raise DataError(path, line, f"missing column {column!r} (the file's rows are {kind}); found {found}")
+        if kind == "messages":
+            _check_messages(path, line, record[column])
+        elif not isinstance(record[column], str):
+            raise DataError(path, line, f"column {column!r}: expected a string, found {_type_name(record[column])}")
+    if kind != "messages" and not record[FORMATS[kind][-1]]:
+        raise DataError(path, line, f"column {FORMATS[kind][-1]!r}: expected text to learn, found an empty string")
+    return {column: record[column] for column in FORMATS[kind]}
+
+
+def _check_messages(path: Path, line: int, messages: object) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(path, line, f"column 'messages': expected a list of messages, found {_type_name(messages)}")
+    for i, message in enumerate(messages):
+        for key in ("role", "content"):
+            value = message.get(key) if isinstance(message, dict) else None
+            if not isinstance(value, str):
+                raise DataError(path, line, f"messages[{i}].{key}: expected a string, found {_type_name(value)}")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise DataError(path, line, "expected at least one message of role 'assistant' to learn from, found none")
+
+
+def _type_name(value: object) -> str:
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number"}
+    return "null or nothing" if value is None else names.get(type(value), type(value).__name__)

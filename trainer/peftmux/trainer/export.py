@@ -1,0 +1,49 @@
+"""A trained adapter as PEFT's files, with a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftmux.adapters.writer import write_adapter
+from peftmux.trainer.methods import AttachedAdapter
+
+_LORA_FIELDS: Mapping[str, object] = {
+    "alora_invocation_tokens": None,
+    "bias": "none",
+    "exclude_modules": None,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "target_parameters": None,
+    "trainable_token_indices": None,
+}
+_FIELDS: Mapping[object, Mapping[str, object]] = {"LORA": _LORA_FIELDS, "PREFIX_TUNING": {}}
+"""What PEFT writes for a peft_type beside what the method decides."""
+
+
+def adapter_config(adapter: AttachedAdapter, base_model: str) -> dict[str, object]:
+    """adapter_config.json as PEFT reads it. Which layers are adapted is spelled out in `target_modules`."""
+    own = adapter.peft_config()
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        **_FIELDS[own["peft_type"]],
+        **own,
+    }
+
+
+def export_adapter(adapter: AttachedAdapter, base_model: str, folder: str | Path, card: str) -> str:
+    """Write the folder in one step, `card` as its README.md. Returns the digest of config and tensors."""
+    return write_adapter(
+        folder, adapter_config(adapter, base_model), adapter.tensors(), extra_files={"README.md": card}
+    )

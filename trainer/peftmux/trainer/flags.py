@@ -1,0 +1,74 @@
+"""Dataclass fields as command-line flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def add_fields(group: argparse._ArgumentGroup, config_class: type[Any]) -> None:
+    """One flag per field, `--like-this` (and `--like_this`); help comes from the field's metadata."""
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if not field.init:
+            continue
+        flags = list(dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"]))
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        help_text = field.metadata.get("help", "")
+        if not required and field.default not in (None, dataclasses.MISSING):
+            help_text += f" (default: {field.default})"
+        kwargs = _argument(hints[field.name])
+        group.add_argument(
+            *flags,
+            dest=field.name,
+            required=required,
+            default=argparse.SUPPRESS,
+            help=help_text.replace("%", "%%"),
+            **kwargs,
+        )
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """argparse's way to read one value of this type."""
+    options = [t for t in get_args(hint) if t is not type(None)] if _is_union(hint) else [hint]
+    lists = [t for t in options if get_origin(t) is list]
+    if lists:
+        convert = get_args(lists[0])[0]
+        return {"nargs": "+", "type": convert, "action": _ListOrPattern if str in options else "store"}
+    kind = options[0]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is dict:
+        return {"type": _json_object(*get_args(kind)), "metavar": "JSON"}
+    return {"type": kind}
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+class _ListOrPattern(argparse.Action):
+    """Several names are a list; one value with the signs of a regular expression, or all-linear, is a string."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        alone = values[0]
+        pattern = len(values) == 1 and (alone == "all-linear" or any(c in alone for c in r"*+?()[]{}|\^$"))
+        setattr(namespace, self.dest, alone if pattern else values)
+
+
+def _json_object(key: type, value: type) -> Callable[[str], dict[Any, Any]]:
+    def parse(text: str) -> dict[Any, Any]:
+        try:
+            return {key(k): value(v) for k, v in json.loads(text).items()}
+        except (ValueError, AttributeError, TypeError):
+            raise argparse.ArgumentTypeError(
+                f"expected a JSON object of {key.__name__} to {value.__name__}, got {text!r}"
+            ) from None
+
+    return parse

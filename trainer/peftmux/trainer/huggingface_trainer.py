@@ -1,0 +1,87 @@
+"""transformers' Trainer for an attached adapter: only the adapter's tensors are optimised, saved and restored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.methods import AttachedAdapter
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+CHECKPOINT_TENSORS = "adapter_state.safetensors"
+CHECKPOINT_RUN = "run.json"
+CHECKPOINT_LAST = "trainer_state.json"
+"""transformers writes it last: a checkpoint without it, or with half of it, was cut off."""
+
+
+class AdapterTrainer(Trainer):
+    """`run` is what a resumed run must share with the run that wrote the checkpoint: method, options, data, seed."""
+
+    def __init__(self, adapter: AttachedAdapter, run: Mapping[str, object], **kwargs: Any) -> None:
+        self.adapter = adapter
+        self.run = run
+        super().__init__(**kwargs)
+        if self.args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(PlainLog())
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(self.adapter.optimizer_groups(self.args.weight_decay), **kwargs)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.adapter.tensors().items()}, folder / CHECKPOINT_TENSORS)
+        (folder / CHECKPOINT_RUN).write_text(json.dumps(self.run))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = json.loads((Path(resume_from_checkpoint) / CHECKPOINT_RUN).read_text())
+        for name, value in json.loads(json.dumps(self.run)).items():
+            if stored.get(name) != value:
+                raise OptionError(
+                    "resume", f"the checkpoint was written with {name} {stored.get(name)!r}, got {value!r}"
+                )
+        self._restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None, "the Trainer calls this only where a best checkpoint exists"
+        self._restore(best)
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: str) -> None:
+        stored = load_file(Path(checkpoint) / CHECKPOINT_TENSORS)
+        for name, parameter in self.adapter.parameters.items():
+            parameter.copy_(stored[name])
+
+
+class PlainLog(TrainerCallback):
+    """One line per log where there is no terminal for a progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            values = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in logs.items())
+            print(f"step {state.global_step}/{state.max_steps} {values}", flush=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_LAST}") if _is_json(path)]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True

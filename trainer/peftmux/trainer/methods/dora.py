@@ -1,0 +1,46 @@
+"""DoRA (Liu et al., 2024, arXiv 2402.09353): LoRA on a weight split into direction and a trained magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peftmux.adapters.methods.dora import dora_out_scale
+from peftmux.kernels.lowrank import LinearPart
+from peftmux.trainer.methods.base import Method
+from peftmux.trainer.methods.linear import weight_out_in
+from peftmux.trainer.methods.lora import LoraConfig, LoraLinear, attach_lora, default_learning_rate
+from torch import Tensor, nn
+
+
+class DoraLinear(LoraLinear):
+    """Magnitude: [out], starting at the norms of the base weight's rows, so that the first step starts from the base.
+
+    The norm of the updated weight is a constant to the gradient (section 4.3 of the paper).
+    """
+
+    def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
+        super().__init__(base_layer, rank, scale, drop, generator)
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight_out_in(base_layer).float(), dim=1))
+
+    def part(self) -> LinearPart:
+        out_scale = self._out_scale()
+        bias = self.bias
+        delta = None if bias is None else bias - out_scale * bias  # the base's bias is not scaled
+        return LinearPart(self.lora_A, self.lora_B, self.scale, out_scale, delta)
+
+    def _out_scale(self) -> Tensor:
+        weight = weight_out_in(self.base_layer)
+        return dora_out_scale(weight, self.lora_A.detach(), self.lora_B.detach(), self.scale, self.magnitude)
+
+    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+        return {**super().file_tensors(), "lora_magnitude_vector": self.magnitude}
+
+
+DORA = Method(
+    name="dora",
+    summary="LoRA with a trained magnitude per output feature",
+    config_class=LoraConfig,
+    attach=lambda model, config, context: attach_lora("dora", model, config, context, DoraLinear, use_dora=True),
+    learning_rate=default_learning_rate,
+)

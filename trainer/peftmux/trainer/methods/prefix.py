@@ -1,0 +1,215 @@
+"""Prefix tuning (Li and Liang, 2021, arXiv 2101.00190): trained keys and values before the first token, in every layer.
+
+The tensor is the keys and values themselves (no encoder), which start as those of real text run through the model:
+trained from random values, prefixes learn far worse.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peftmux.adapters.base import KVShape
+from peftmux.adapters.errors import AdapterInvalid
+from peftmux.adapters.methods.prefix import TENSOR, provisioned_shape, split_prefix
+from peftmux.adapters.torch_base import TorchBase
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """Prefix tuning's options."""
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "length of the prefix"})
+    prefix_init: Literal["text", "random"] = field(
+        default="text",
+        metadata={"help": "start from the keys and values of the training data's first tokens, or random"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise OptionError("num-virtual-tokens", f"expected 1 or more, got {self.num_virtual_tokens}")
+
+
+class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's prefix as a cache that is only read, so that recomputing a layer gives the same again."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """keys, values: [1, kv_heads, n, head_dim]."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """[B, kv_heads, T, head_dim] -> [B, kv_heads, n + T, head_dim], nothing kept."""
+        rows = key_states.shape[0]
+        keys, values = self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+class PrefixAdapter(AttachedAdapter):
+    """`embeddings` is PEFT's tensor, as `peftmux.adapters.methods.prefix` describes it."""
+
+    kind = "prefix"
+
+    def __init__(self, model: Any, shapes: Sequence[KVShape], embeddings: Tensor) -> None:
+        self._model = model
+        self._shapes = tuple(shapes)
+        self._widest = provisioned_shape(shapes)
+        self._dtype = model.dtype
+        self._checkpointed: list[nn.Module] = []
+        self.length = embeddings.shape[0]
+        self.embeddings = nn.Parameter(embeddings.detach().float().clone())
+        self.parameters = {TENSOR: self.embeddings}
+        model.requires_grad_(False)
+        # A module, because it then comes last: the model takes the dtype of its first parameter for its own.
+        model.add_module("prefix_tuning", nn.ParameterDict({"embeddings": self.embeddings}))
+        self._hook = model.register_forward_pre_hook(self._insert, with_kwargs=True)
+
+    def cache(self) -> Cache:
+        """The prefix as a cache for any number of rows, in the base's dtype."""
+        prefix = split_prefix(self.embeddings.to(self._dtype), self._shapes, self._widest)
+        pairs = zip(prefix.keys, prefix.values, strict=True)
+        return Cache(layers=[PrefixLayer(k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in pairs])
+
+    def _insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before each forward: the prefix as the past, so that the model gives the first token position n."""
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("a model with a prefix attached takes whole sequences, without past_key_values")
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
+        return args, {**kwargs, "past_key_values": self.cache(), "use_cache": False}
+
+    def peft_config(self) -> dict[str, object]:
+        heads, head_dim = self._widest.kv_heads, self._widest.key_dim
+        return {
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": self.length,
+            "num_layers": len(self._shapes),
+            "num_attention_heads": heads,
+            "token_dim": heads * head_dim,
+            "encoder_hidden_size": heads * head_dim,
+            "num_transformer_submodules": 1,
+            "prefix_projection": False,
+        }
+
+    def sites(self) -> Mapping[str, int]:
+        layers = len(self._shapes)
+        return {f"attention layer {i}": self.embeddings.numel() // layers for i in range(layers)}
+
+    def checkpoint_activations(self) -> bool:
+        """transformers' own way takes the cache, and with it the prefix, away from every layer; this one does not."""
+        for layer in _decoder_layers(self._model):
+            layer.forward = functools.partial(_recomputed, type(layer).forward, layer)
+            self._checkpointed.append(layer)
+        return True
+
+    def detach(self) -> None:
+        self._hook.remove()
+        del self._model.prefix_tuning
+        for layer in self._checkpointed:
+            del layer.forward
+
+
+def _recomputed(forward: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(layer, *args, **kwargs)
+    return checkpoint(forward, layer, *args, use_reentrant=False, **kwargs)
+
+
+def _decoder_layers(model: Any) -> list[nn.Module]:
+    """The modules of the longest list of layers: the decoder's blocks."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    blocks = [m for m in lists if len(m) == model.config.get_text_config().num_hidden_layers]
+    if not blocks:
+        raise OptionError("gradient-checkpointing", "prefix tuning finds no list of decoder layers in this base")
+    return list(blocks[0])
+
+
+def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> AttachedAdapter:
+    shapes = TorchBase(model).kv_shapes
+    try:
+        provisioned_shape(shapes)
+    except AdapterInvalid as error:
+        raise OptionError("method", str(error)) from None
+    embeddings = _text_prefix(model, _initial_ids(config, context, model), shapes)
+    if config.prefix_init == "random":
+        generator = torch.Generator().manual_seed(context.seed)
+        embeddings = torch.randn(embeddings.shape, generator=generator).to(embeddings.device) * embeddings.std()
+    adapter = PrefixAdapter(model, shapes, embeddings)
+    try:
+        _check_every_layer_reads_it(model, adapter, len(shapes))
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def _initial_ids(config: PrefixConfig, context: AttachContext, model: Any) -> list[int]:
+    """The first tokens of the training data, from the beginning again where it is too short; drawn without data."""
+    n = config.num_virtual_tokens
+    ids: list[int] = []
+    while len(ids) < n and context.examples:
+        ids += _up_to(n - len(ids), context.examples)
+    if not ids:
+        generator = torch.Generator().manual_seed(context.seed)
+        ids = torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
+    return ids
+
+
+def _up_to(count: int, examples: Sequence[Any]) -> list[int]:
+    ids: list[int] = []
+    for example in examples:
+        if len(ids) >= count:
+            break
+        ids += example.input_ids
+    return ids[:count]
+
+
+@torch.no_grad()
+def _text_prefix(model: Any, ids: Sequence[int], shapes: Sequence[KVShape]) -> Tensor:
+    """What the model itself caches for these tokens at positions 0..n-1 (keys after rotation), in PEFT's layout."""
+    was_training = model.training
+    model.eval()
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
+    model.train(was_training)
+    widest = provisioned_shape(shapes)
+    stored = torch.zeros(len(ids), len(shapes) * 2 * widest.kv_heads * widest.key_dim, device=model.device)
+    views = split_prefix(stored, shapes, widest)
+    layers: list[Any] = cache.layers
+    for layer, keys, values in zip(layers, views.keys, views.values, strict=True):
+        keys.copy_(layer.keys[0].transpose(0, 1))
+        values.copy_(layer.values[0].transpose(0, 1))
+    return stored
+
+
+def _check_every_layer_reads_it(model: Any, adapter: PrefixAdapter, layers: int) -> None:
+    """Raises OptionError where a layer ignores its past, as recurrent ones do: the prefix would not act there."""
+    with torch.enable_grad():
+        logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device)).logits
+        (grad,) = torch.autograd.grad(logits.float().square().sum(), adapter.embeddings)
+    per_layer = grad.view(adapter.length, layers, -1).abs().amax(dim=(0, 2))
+    ignoring = [i for i, size in enumerate(per_layer.tolist()) if size == 0.0]
+    if ignoring:
+        raise OptionError("method", f"prefix does not fit this base: layers {ignoring} do not attend to past keys")
+
+
+PREFIX = Method(
+    name="prefix",
+    summary="trained keys and values before the first token, in every layer",
+    config_class=PrefixConfig,
+    attach=_attach,
+    learning_rate=lambda hidden_size: 1e-2,
+)

@@ -1,0 +1,58 @@
+"""What a run is told beside the method's own options and transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from peftmux.trainer.errors import OptionError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """One run. Field names are the flags of `peftmux train`."""
+
+    model: str = field(metadata={"help": "the base model: a folder, or a name on the Hugging Face Hub"})
+    data: str = field(
+        metadata={"help": "training rows: JSON lines or Parquet of {prompt, completion}, {messages} or {text}"}
+    )
+    out: str = field(metadata={"help": "folder for the adapter; appears when the run has succeeded"})
+    eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate on, same formats"})
+    max_length: int | None = field(default=None, metadata={"help": "tokens per row; default: what the base can take"})
+    over_long: Literal["error", "truncate", "drop"] = field(
+        default="error", metadata={"help": "what to do with a longer row"}
+    )
+    append_eos: bool = field(
+        default=True, metadata={"help": "end completions and texts with the end-of-sequence token"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "the base's dtype; auto: as stored. What is trained is always float32"}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "as transformers' from_pretrained has it"})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better loss and keep the best"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of this --out"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an adapter that is already at --out"})
+    dry_run: bool = field(default=False, metadata={"help": "only print what would be trained"})
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {value}")
+        if self.early_stopping_patience and not self.eval_data:
+            raise OptionError("early-stopping-patience", "needs rows to evaluate on: give --eval-data")
+
+
+def build_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """A dataclass from named values; raises OptionError for a name it does not have."""
+    known = [f.name for f in dataclasses.fields(config_class) if f.init]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise OptionError(name.replace("_", "-"), f"no such option; expected one of {', '.join(known)}")
+    return config_class(**values)

@@ -1,0 +1,52 @@
+"""Which linear layers of a live model an adapter acts on, by the rules its file will be read with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftmux.adapters.errors import AdapterInvalid
+from peftmux.adapters.patterns import PatternMatcher
+from peftmux.adapters.targets import target_sites
+from peftmux.adapters.torch_base import TorchBase
+from peftmux.trainer.errors import OptionError
+from torch import nn
+
+ALL_LINEAR = "all-linear"
+
+
+def select_sites(model: Any, fields: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The chosen linear layers by module path. `fields`: target_modules and what narrows it, in PEFT's names.
+
+    Raises OptionError where nothing matches, a listed name matches no linear layer, or a match is not one.
+    """
+    base = TorchBase(model)
+    targets = fields["target_modules"]
+    if not isinstance(targets, str):
+        _check_names(targets, base)
+    try:
+        names = target_sites(fields, (), base, PatternMatcher())
+    except AdapterInvalid as error:
+        raise OptionError("target-modules", str(error)) from None
+    return {name: model.get_submodule(name) for name in names}
+
+
+def spelled_out(model: Any, sites: Sequence[str]) -> list[str]:
+    """The shortest target_modules that selects exactly these sites: last names where they suffice, else whole paths."""
+    last = sorted({site.rpartition(".")[2] for site in sites})
+    base = TorchBase(model)
+    same = [name for name in base.module_names if name.rpartition(".")[2] in last]
+    return last if sorted(same) == sorted(sites) else sorted(sites)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module at path `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _check_names(targets: Sequence[str], base: TorchBase) -> None:
+    for wanted in targets:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in base.linear_sites):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in base.linear_sites}))
+            raise OptionError("target-modules", f"no linear layer is named {wanted!r}; this base has {known}")

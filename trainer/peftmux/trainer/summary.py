@@ -1,0 +1,28 @@
+"""What would be trained, by place and in bytes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from peftmux.trainer.methods import AttachedAdapter
+
+OPTIMIZER_BYTES = 16
+"""Per trained parameter: weight, gradient and AdamW's two moments, float32 each."""
+
+
+def trainable_summary(adapter: AttachedAdapter, base_parameters: int) -> str:
+    """One line per kind of place (layer numbers as *), then the total and its memory beside the base model's."""
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for name, size in adapter.sites().items():
+        kind = re.sub(r"\b\d+\b", "*", name)
+        counts[kind] += 1
+        sizes[kind] += size
+    total = sum(sizes.values())
+    width = max(map(len, sizes))
+    lines = [f"  {kind:<{width}}  {counts[kind]:>4} x {size // counts[kind]:>10,}" for kind, size in sizes.items()]
+    share = 100 * total / base_parameters
+    memory = total * OPTIMIZER_BYTES / 2**20
+    footer = f"trainable parameters: {total:,} ({share:.2f} % of {base_parameters:,})"
+    return "\n".join([f"{adapter.kind}:", *lines, f"{footer}, {memory:.1f} MiB with gradients and AdamW's state"])
