@@ -251,6 +251,66 @@ def test_preemption_takes_the_last_in_and_repeats_nothing(serving):
         assert batch.reported[id] == list(range(7))
 
 
+def until_preempted(batch):
+    """Steps until one of the running rows waits again; returns the rows that then run."""
+    running = 0
+    while batch.scheduler.num_running >= running:
+        running = batch.scheduler.num_running
+        plan = batch.step()
+    assert batch.scheduler.num_waiting
+    return [row.row for row in plan.rows]
+
+
+def test_resumption_changes_neither_what_was_cached_nor_what_was_charged(serving):
+    batch = serving(num_blocks=8, block_size=4)
+    for id in range(2):
+        batch.add(id, [id, *range(7)], new_tokens=13, fairness_key=str(id))
+    assert until_preempted(batch) == [0]
+    while 1 not in {row.row for row in batch.step().rows}:
+        pass
+    assert batch.scheduler.cached_tokens(1) == 0
+    batch.run()
+    assert batch.scheduler._waiting.counter("0") == batch.scheduler._waiting.counter("1") == 8 + 2 * 13
+
+
+def test_a_preempted_row_precedes_new_ones(serving):
+    batch = serving(num_blocks=8, block_size=4, max_rows=2)
+    for id in range(2):
+        batch.add(id, [id, *range(7)], new_tokens=13, fairness_key="served")
+    assert until_preempted(batch) == [0]
+    batch.add(2, [1], new_tokens=13, fairness_key="fresh")
+    order = []
+    while plan := batch.step():
+        order += [row.row for row in plan.rows if row.row not in order]
+    assert order == [0, 1, 2]
+
+
+def test_a_row_preempted_during_its_step_computes_it_again(serving):
+    batch = serving(num_blocks=9, block_size=4)
+    for id in range(2):
+        batch.add(id, [id, 1, 2, 3], new_tokens=9)
+    batch.step()
+    plan = batch.scheduler.plan()
+    batch.load_prefix(20, b"prefix")
+    assert batch.scheduler.num_running == 1
+    results = StepResult(tuple(batch._compute(row, False) for row in plan.rows))
+    news = batch.scheduler.update(results)
+    assert [got.row for got in news] == [0]
+    batch.outputs[0].append(news[0].token)
+    batch.run()
+    assert [batch.outputs[id] for id in range(2)] == [batch.expected(id, 9) for id in range(2)]
+
+
+def test_a_block_is_not_shared_before_its_last_token_is_computed(serving):
+    batch = serving(block_size=4, max_batch_tokens=7)
+    batch.add(0, range(12))
+    batch.step()
+    batch.abort(0)
+    batch.add(1, range(12))
+    batch.step()
+    assert batch.scheduler.cached_tokens(1) == 4
+
+
 def test_preemption_takes_the_lowest_priority_first(serving):
     batch = serving(num_blocks=9, block_size=4, prefix_caching=False)
     for id, priority in enumerate((0, -1, 0)):
