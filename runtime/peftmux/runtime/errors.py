@@ -9,6 +9,7 @@
     |-- QueueFull               too many requests wait               (retry)
     |-- AdapterMemoryExhausted  pins or use hold all of it           (retry)
     |-- DeadlineExceeded        the deadline has passed or cannot be met
+    |-- UnsupportedModel        the base model cannot be served exactly (at start only)
     `-- EngineDead              the engine's thread failed; the process should be replaced
 and `peftmux.adapters.errors.AdapterError` for what is wrong with an adapter itself.
 """
@@ -54,6 +55,10 @@ class AdapterMemoryExhausted(RuntimeFailure):
 
 
 class DeadlineExceeded(RuntimeFailure):
+    pass
+
+
+class UnsupportedModel(RuntimeFailure):
     pass
 
 

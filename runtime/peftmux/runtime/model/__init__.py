@@ -1,0 +1,1 @@
+"""The base model on its device: loading and probing, swapped layers, adapter sites, paged cache, runner, sampler."""

@@ -1,0 +1,121 @@
+"""Finds the layers of a model that reach the attention interface, and refuses what the paged attention cannot honour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peftmux.adapters.base import KVShape
+from peftmux.runtime.errors import UnsupportedModel
+
+_DISCOVERY = "peftmux_discovery"
+_TOKENS = 5
+_HONOURED = {"scaling", "sliding_window", "softcap", "s_aux"}
+_IRRELEVANT = {
+    "dropout": "evaluation only",
+    "position_ids": "already in the rotated queries and keys",
+    "cache_position": "already in the rotated queries and keys",
+    "use_cache": "the cache is ours",
+    "output_attentions": "not offered",
+    "output_hidden_states": "not offered",
+    "output_router_logits": "not offered",
+    "return_dict": "form of the result",
+    "logits_to_keep": "read by the output projection",
+    "is_causal": "checked below",
+    "layer_idx": "a name",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One attention module in call order, with what one token costs it in the cache."""
+
+    module: nn.Module
+    kv: KVShape
+
+
+class _Recorder:
+    """Stands in for attention during one forward: notes who calls, answers zeros of the right shape."""
+
+    def __init__(self) -> None:
+        self.layers: list[AttentionLayer] = []
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        name = type(module).__name__
+        if mask is not None:
+            raise UnsupportedModel(f"{name} passes its own attention mask, which paged attention cannot honour")
+        unknown = {k for k, v in kwargs.items() if v is not None} - _HONOURED - _IRRELEVANT.keys()
+        if unknown or kwargs.get("is_causal") is False:
+            raise UnsupportedModel(f"{name} asks for attention options that are not served: {sorted(unknown)}")
+        if any(layer.module is module for layer in self.layers):
+            raise UnsupportedModel(f"{name} attends more than once a step with one module")
+        self.layers.append(AttentionLayer(module, KVShape(key.shape[1], key.shape[3], value.shape[3])))
+        batch, heads, tokens, _ = query.shape
+        return query.new_zeros(batch, tokens, heads, value.shape[3]), None
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    layers: tuple[AttentionLayer, ...]
+    """In call order."""
+    token_linears: frozenset[str]
+    """Linear layers called once with a row for each token: those an adapter's rows can be told apart in."""
+
+
+def discover(model: PreTrainedModel) -> Discovery:
+    """Run a few tokens through the model to find its attention layers and token-wise linear layers.
+
+    Families that never call the attention interface keep their own attention silently, so layers are counted.
+    Raises UnsupportedModel.
+    """
+    recorder, calls = _Recorder(), _LinearCalls(model)
+    AttentionInterface.register(_DISCOVERY, recorder)  # type: ignore[arg-type]
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_DISCOVERY)
+    positions = torch.arange(_TOKENS, device=model.device).unsqueeze(0)
+    ids = positions % model.config.get_text_config().vocab_size
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+    finally:
+        calls.remove()
+        model.set_attn_implementation(before)
+    expected = model.config.get_text_config().num_hidden_layers
+    if len(recorder.layers) != expected:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be served: expected {expected} layers to go through transformers' "
+            f"attention interface, got {len(recorder.layers)}"
+        )
+    return Discovery(tuple(recorder.layers), calls.token_wise())
+
+
+class _LinearCalls:
+    """Counts, for every linear layer, how often it is called and with how many rows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._rows: dict[str, list[int]] = {}
+        self._hooks = [
+            module.register_forward_pre_hook(partial(self._note, name))
+            for name, module in model.named_modules()
+            if type(module) in (nn.Linear, Conv1D)
+        ]
+
+    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x: Tensor = args[0]
+        self._rows.setdefault(name, []).append(x.numel() // x.shape[-1])
+
+    def token_wise(self) -> frozenset[str]:
+        # routed experts see a part of the tokens, by accident perhaps all of these few
+        return frozenset(n for n, rows in self._rows.items() if rows == [_TOKENS] and ".experts." not in n)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,162 @@
+"""Loads a transformers causal LM, fits it with paged attention and adapter sites, and proves it unchanged."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from peftmux.adapters.base import KVShape, LinearSite
+from peftmux.runtime.errors import UnsupportedModel
+from peftmux.runtime.model.attention import IMPLEMENTATION
+from peftmux.runtime.model.dense import choose_dense
+from peftmux.runtime.model.discover import AttentionLayer, discover
+from peftmux.runtime.model.rotary import pin_frequencies
+from peftmux.runtime.model.sites import SiteRef
+from peftmux.runtime.model.step import StepInputs, StepState
+from peftmux.runtime.model.swaps import Swapper
+
+
+class LoadedModel:
+    """One base model, ready to run steps. Implements `peftmux.adapters.base.BaseModel`.
+
+    The module belongs to the thread that runs steps; names, shapes and base weights may be read from any thread.
+    """
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        layers: Sequence[AttentionLayer],
+        sites: Mapping[str, SiteRef],
+        step: StepState,
+        context_length: int,
+        module_names: frozenset[str],
+        parameters: int,
+    ) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name
+        self.layers = tuple(layers)
+        self.sites = sites
+        self.step = step
+        self.context_length = context_length
+        self.module_names = module_names
+        self.parameters = parameters
+        self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+
+    @property
+    def architecture(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @cached_property
+    def hidden_size(self) -> int:
+        return int(self.module.config.get_text_config().hidden_size)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return int(self.module.config.get_text_config().vocab_size)
+
+    @cached_property
+    def linear_sites(self) -> Mapping[str, LinearSite]:
+        return {name: ref.site for name, ref in self.sites.items()}
+
+    @cached_property
+    def kv_shapes(self) -> Sequence[KVShape]:
+        return tuple(layer.kv for layer in self.layers)
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation, of the generation config or the model's config."""
+        generation = getattr(self.module, "generation_config", None)
+        eos = getattr(generation, "eos_token_id", None)
+        if eos is None:
+            eos = getattr(self.module.config.get_text_config(), "eos_token_id", None)
+        ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+        return tuple(i for i in ids if 0 <= i < self.vocab_size)
+
+    def weight(self, site: str) -> Tensor:
+        return self.sites[site].weight()
+
+    def bias(self, site: str) -> Tensor | None:
+        return self.sites[site].bias()
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """Logits [S, V] of the kept tokens, in the model's dtype; writes the step's keys and values to the cache."""
+        self.step.set(inputs)
+        keep = {"logits_to_keep": inputs.keep} if self._keeps_logits else {}
+        logits: Tensor = self.module(
+            input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, **keep
+        ).logits[0]
+        return logits if self._keeps_logits else logits.index_select(0, inputs.keep)
+
+
+def load_model(
+    name: str, *, device: torch.device, dtype: torch.dtype | None = None, context_length: int | None = None
+) -> LoadedModel:
+    """From a folder or a hub id. dtype None is the checkpoint's own. Raises UnsupportedModel."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        module = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype or "auto", attn_implementation="eager", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModel(f"cannot load the base model {name!r}: {error}") from error
+    return fit_model(module.to(device), _tokenizer(name), name, context_length)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """None where the model has none: such a model is served by token ids alone."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def fit_model(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str,
+    context_length: int | None = None,
+) -> LoadedModel:
+    """Take over a module that runs with eager attention: swap its layers and prove that it computes the same."""
+    from peftmux.runtime.model.verify import reference_logits, verify
+
+    module.eval().requires_grad_(False)
+    context_length = context_length or _context_length(module)
+    pin_frequencies(module, context_length)
+    expected = reference_logits(module)
+    discovery = discover(module)
+    names = frozenset(n for n, _ in module.named_modules() if n)
+    parameters = sum(p.numel() for p in module.parameters())
+    step = StepState()
+    swapper = Swapper(module, discovery.token_linears, choose_dense(module.device, module.dtype), step)
+    swapper.run()
+    module.set_attn_implementation(IMPLEMENTATION)
+    model = LoadedModel(
+        module, tokenizer, name, discovery.layers, swapper.sites, step, context_length, names, parameters
+    )
+    verify(model, expected)
+    return model
+
+
+def _context_length(module: nn.Module) -> int:
+    config: Any = module.config
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise UnsupportedModel(f"expected max_position_embeddings in the config of {type(module).__name__}, got none")
+    return length

@@ -1,0 +1,93 @@
+"""Runs one step: the plan's plain values to tensors, through the model, to tokens and log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.attention import AttentionRows
+from peftmux.kernels.lowrank import Segments
+from peftmux.runtime.model.cache import PagedCache
+from peftmux.runtime.model.load import LoadedModel
+from peftmux.runtime.model.sampler import prompt_logprobs, sample
+from peftmux.runtime.model.step import StepInputs, index_tensor
+from peftmux.runtime.params import TokenLogprob
+from peftmux.runtime.scheduler.plan import RowPlan, RowResult, StepPlan, StepResult
+
+
+class Runner:
+    """Owns the paged cache. Used by one thread."""
+
+    def __init__(self, model: LoadedModel, num_blocks: int, block_size: int) -> None:
+        self.model = model
+        self.cache = PagedCache(model, num_blocks, block_size)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        self.cache.copy(plan.copies)
+        logits = self.model.forward(self._inputs(plan.rows))
+        return StepResult(_results(plan.rows, logits))
+
+    def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
+        device = self.model.device
+        ids: list[int] = []
+        positions: list[int] = []
+        cache_slots: list[int] = []
+        keep: list[int] = []
+        kept: list[int] = []
+        for row in rows:
+            first, stop = len(ids), row.start + len(row.tokens)
+            ids += row.tokens
+            positions += range(row.start + row.position_offset, stop + row.position_offset)
+            cache_slots += self.cache.slots(row.blocks, row.start, stop)
+            predicting = _predicting(row)
+            keep += [first + i for i in predicting]
+            kept.append(len(predicting))
+        slots = [row.slot for row in rows]
+        lens = [len(row.tokens) for row in rows]
+        return StepInputs(
+            ids=index_tensor(ids, device).unsqueeze(0),
+            positions=index_tensor(positions, device).unsqueeze(0),
+            slots=index_tensor(cache_slots, device),
+            rows=AttentionRows.build(
+                lens, [row.start + len(row.tokens) for row in rows], [row.blocks for row in rows], device
+            ),
+            segments=Segments.build(slots, lens, device),
+            keep=index_tensor(keep, device),
+            kept=Segments.build(slots, kept, device),
+        )
+
+
+def _predicting(row: RowPlan) -> list[int]:
+    """The row's tokens whose logits are needed: those that predict prompt tokens, then the one that samples."""
+    first = row.prompt_logprobs_from
+    indices = list(range(first, first + len(row.next_tokens)))
+    if row.samples:
+        indices.append(len(row.tokens) - 1)
+    return indices
+
+
+def _results(rows: Sequence[RowPlan], logits: Tensor) -> tuple[RowResult, ...]:
+    """logits: [S, V], the rows' predicting tokens in order."""
+    sampling = [row for row in rows if row.samples]
+    prompts: dict[int, tuple[TokenLogprob, ...]] = {}
+    drawn_from: list[int] = []
+    at = 0
+    for row in rows:
+        if row.next_tokens:
+            part = logits[at : at + len(row.next_tokens)]
+            prompts[row.row] = tuple(prompt_logprobs(part, row.next_tokens, row.output.prompt_logprobs or 0))
+            at += len(row.next_tokens)
+        if row.samples:
+            drawn_from.append(at)
+            at += 1
+    if prompts:
+        logits = logits[drawn_from]
+    drawn = dict(zip((r.row for r in sampling), sample(logits, sampling), strict=True)) if sampling else {}
+    results = []
+    for row in rows:
+        token, logprob = drawn.get(row.row, (None, None))
+        results.append(RowResult(row.row, token, logprob, prompts.get(row.row, ())))
+    return tuple(results)

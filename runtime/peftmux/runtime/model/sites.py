@@ -1,0 +1,140 @@
+"""Linear layers of the base as adapter sites: one base product and one gathered low-rank call each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+from peftmux.adapters.base import LinearSite
+from peftmux.kernels.lowrank import LowRankSite
+from peftmux.runtime.model.dense import PackedDense, PlainDense, stack
+from peftmux.runtime.model.step import StepState
+
+
+class SiteGroup:
+    """Linear layers that read the same input (q, k and v; gate and up; or one alone), computed together.
+
+    `lowrank` holds the adapters; it is changed between steps only, by the thread that runs the model.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[LinearSite],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        dense: type[PlainDense] | type[PackedDense],
+        step: StepState,
+        segments: str,
+    ) -> None:
+        weight, bias = stack(weights, biases)
+        self.sites = tuple(sites)
+        self.sizes = [s.out_features for s in sites]
+        self.dense = dense(weight, bias)
+        self.lowrank = LowRankSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
+        self.biases = tuple(biases)
+        self._step = step
+        self._segments = attrgetter(segments)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., N], the slices of all sites side by side."""
+        y = self.dense(x)
+        if not self.lowrank.empty:
+            segments = self._segments(self._step.inputs)
+            self.lowrank.apply(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), segments)
+        return y
+
+    def weight(self, index: int) -> Tensor:
+        """[out, in] of one site."""
+        return self.dense.weight().split(self.sizes)[index]
+
+
+class SiteLinear(nn.Module):
+    """Stands where one linear layer of the base stood."""
+
+    def __init__(self, group: SiteGroup) -> None:
+        super().__init__()
+        self.group = group
+        self.in_features = group.sites[0].in_features
+        self.out_features = group.sizes[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """For model code that reads a layer's weight (its dtype, as a rule)."""
+        return self.group.weight(0)
+
+
+class _SharedInput:
+    """Computes the group when its first sibling is called with an input, and hands each its slice."""
+
+    def __init__(self, group: SiteGroup) -> None:
+        self.group = group
+        self._input: Tensor | None = None
+        self._slices: tuple[Tensor, ...] = ()
+        self._served = 0
+
+    def slice(self, x: Tensor, index: int) -> Tensor:
+        if self._input is not x:
+            self._input, self._served = x, 0
+            self._slices = self.group(x).split(self.group.sizes, -1)
+        out = self._slices[index]
+        self._served += 1
+        if self._served == len(self._slices):  # let go of the activations
+            self._input, self._slices = None, ()
+        return out
+
+
+class SiblingLinear(nn.Module):
+    """Stands where one of several linear layers with the same input stood."""
+
+    def __init__(self, shared: _SharedInput, index: int) -> None:
+        super().__init__()
+        self._shared = shared
+        self._index = index
+        self.in_features = shared.group.sites[index].in_features
+        self.out_features = shared.group.sizes[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._shared.slice(x, self._index)
+
+    @property
+    def weight(self) -> Tensor:
+        """For model code that reads a layer's weight (its dtype, as a rule)."""
+        return self._shared.group.weight(self._index)
+
+
+def siblings(group: SiteGroup) -> list[nn.Module]:
+    """One module per site of the group; called with the same tensor, they share one product."""
+    shared = _SharedInput(group)
+    return [SiblingLinear(shared, i) for i in range(len(group.sites))]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRef:
+    """Where a named linear site is computed."""
+
+    group: SiteGroup
+    index: int
+
+    @property
+    def site(self) -> LinearSite:
+        return self.group.sites[self.index]
+
+    def weight(self) -> Tensor:
+        return self.group.weight(self.index)
+
+    def bias(self) -> Tensor | None:
+        return self.group.biases[self.index]
+
+
+def layer_weight(layer: nn.Module, conv1d: bool) -> Tensor:
+    """A linear layer's weight as [out, in]."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().t() if conv1d else weight.detach()

@@ -1,0 +1,53 @@
+"""What the layers of a model read of the step that is running."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.attention import AttentionRows
+from peftmux.kernels.lowrank import Segments
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step, on the device. T is the number of tokens, S of the positions whose logits are needed."""
+
+    ids: Tensor
+    """[1, T] int64."""
+    positions: Tensor
+    """[1, T] int64, position ids."""
+    slots: Tensor
+    """[T] int64: where each token's key and value go in the flattened cache."""
+    rows: AttentionRows
+    segments: Segments
+    """Adapters of the T tokens."""
+    keep: Tensor
+    """[S] int64: tokens whose logits are needed."""
+    kept: Segments
+    """Adapters of the S tokens, for the output projection."""
+
+
+class StepState:
+    """Holds the running step for every layer of one model. Set by the runner before the forward; one thread only."""
+
+    __slots__ = ("_inputs",)
+
+    def __init__(self) -> None:
+        self._inputs: StepInputs | None = None
+
+    def set(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+
+    @property
+    def inputs(self) -> StepInputs:
+        assert self._inputs is not None, "a layer ran outside a step"
+        return self._inputs
+
+
+def index_tensor(values: list[int], device: torch.device) -> Tensor:
+    """int64 on the device, through pinned memory where that makes the copy asynchronous."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

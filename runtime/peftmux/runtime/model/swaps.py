@@ -1,0 +1,86 @@
+"""Replaces layers of a loaded transformers model: linear layers by adapter sites, slow ones by equal faster ones.
+
+Nothing is replaced by name alone: a faster norm, feed-forward or rotary embedding stands in only where it gives the
+original's numbers on random input. The whole model is compared with the original once more when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peftmux.adapters.base import LinearSite
+from peftmux.runtime.model.dense import PackedDense, PlainDense
+from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
+from peftmux.runtime.model.rotary import swap_rotary
+from peftmux.runtime.model.sites import SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
+from peftmux.runtime.model.step import StepState
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Swapper:
+    """Walks one model once. `sites` lists the linear sites that adapters can attach to."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        token_linears: frozenset[str],
+        dense: type[PlainDense] | type[PackedDense],
+        step: StepState,
+    ) -> None:
+        self._model = model
+        self._token_linears = token_linears
+        self._dense = dense
+        self._step = step
+        self._head = model.get_output_embeddings()
+        self.sites: dict[str, SiteRef] = {}
+
+    def run(self) -> None:
+        swap_rotary(self._model)
+        for path, parent in list(self._model.named_modules()):
+            self._swap_siblings(path, parent)
+            for name, child in list(parent.named_children()):
+                full = f"{path}.{name}" if path else name
+                if type(child) in (nn.Linear, Conv1D):
+                    setattr(parent, name, SiteLinear(self._group([full], [child])))
+                elif is_rms_norm(child):
+                    setattr(parent, name, FastRMSNorm(child))
+
+    def _swap_siblings(self, path: str, parent: nn.Module) -> None:
+        for names in _SIBLINGS:
+            layers = [getattr(parent, name, None) for name in names]
+            first = layers[0]
+            if any(type(layer) is not nn.Linear for layer in layers) or not isinstance(first, nn.Linear):
+                continue
+            if any(layer.in_features != first.in_features for layer in layers):  # type: ignore[union-attr]
+                continue
+            swiglu = names[0] == "gate_proj" and is_swiglu(parent)
+            group = self._group([f"{path}.{name}" for name in names], layers)  # type: ignore[arg-type]
+            for name, module in zip(names, siblings(group), strict=True):
+                setattr(parent, name, module)
+            if swiglu:
+                parent.forward = FastSwiGLU(group, parent)  # type: ignore[method-assign, assignment]
+
+    def _group(self, names: Sequence[str], layers: Sequence[nn.Module]) -> SiteGroup:
+        sites, weights, biases = [], [], []
+        for name, layer in zip(names, layers, strict=True):
+            conv1d = isinstance(layer, Conv1D)
+            weight, bias = layer_weight(layer, conv1d), _bias(layer)
+            sites.append(LinearSite(name, weight.shape[1], weight.shape[0], bias is not None, conv1d))
+            weights.append(weight)
+            biases.append(bias)
+        segments = "kept" if layers[0] is self._head else "segments"
+        group = SiteGroup(sites, weights, biases, self._dense, self._step, segments)
+        for index, name in enumerate(names):
+            if name in self._token_linears:
+                self.sites[name] = SiteRef(group, index)
+        return group
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    bias = layer.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
