@@ -274,11 +274,11 @@ def test_resumption_changes_neither_what_was_cached_nor_what_was_charged(serving
 
 
 def test_a_preempted_row_precedes_new_ones(serving):
-    batch = serving(num_blocks=8, block_size=4, max_rows=2)
+    batch = serving(num_blocks=8, block_size=4)
     for id in range(2):
         batch.add(id, [id, *range(7)], new_tokens=13, fairness_key="served")
     assert until_preempted(batch) == [0]
-    batch.add(2, [1], new_tokens=13, fairness_key="fresh")
+    batch.add(2, [1, 2], new_tokens=13, fairness_key="fresh")
     order = []
     while plan := batch.step():
         order += [row.row for row in plan.rows if row.row not in order]
