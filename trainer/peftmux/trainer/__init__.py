@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from peftmux.trainer.errors import DataError, OptionError, TrainerError
 
 if TYPE_CHECKING:
     from peftmux.trainer.loop import TrainResult
+    from transformers import TrainerCallback
 
 __all__ = ["DataError", "OptionError", "TrainerError", "train"]
 
@@ -23,12 +24,14 @@ def train(
     eval_data: str | PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> TrainResult:
     """Train an adapter for `model` on the rows of `data` and write it to `out`; what `peftmux train` runs.
 
     config: the method's own options, e.g. {"r": 16}.
     training: transformers' TrainingArguments, e.g. {"max_steps": 100}.
+    callbacks: transformers' TrainerCallbacks, e.g. for a progress display of one's own.
     options: the other fields of `peftmux.trainer.options.RunOptions`, e.g. max_length=512.
     Raises TrainerError (DataError, OptionError) before anything is written.
     """
@@ -39,4 +42,4 @@ def train(
     chosen = get_method(method)
     paths = {"model": fspath(model), "data": fspath(data), "out": fspath(out)}
     run = build_config(RunOptions, {**paths, "eval_data": eval_data and fspath(eval_data), **options})
-    return run_training(chosen, run, build_config(chosen.config_class, config or {}), training or {})
+    return run_training(chosen, run, build_config(chosen.config_class, config or {}), training or {}, callbacks)

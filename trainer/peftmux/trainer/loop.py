@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from peftmux.trainer.huggingface_trainer import AdapterTrainer, newest_checkpoin
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.options import RunOptions
 from peftmux.trainer.summary import trainable_summary
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 REPORTED = (
     *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -45,7 +45,13 @@ class TrainResult:
     adapter: AttachedAdapter
 
 
-def run_training(method: Method, options: RunOptions, config: Any, training: Mapping[str, Any]) -> TrainResult:
+def run_training(
+    method: Method,
+    options: RunOptions,
+    config: Any,
+    training: Mapping[str, Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
     """Load, attach, train, evaluate, export. `training`: TrainingArguments by name, where they differ from ours.
 
     Nothing is at `options.out` before the run has succeeded. Raises TrainerError for bad options or data.
@@ -79,7 +85,7 @@ def run_training(method: Method, options: RunOptions, config: Any, training: Map
         train_dataset=data.encoded.examples,
         eval_dataset=eval_data.encoded.examples if eval_data else None,
         data_collator=_collator(model, tokenizer),
-        callbacks=[EarlyStoppingCallback(options.early_stopping_patience)] if options.early_stopping_patience else [],
+        callbacks=[*_early_stopping(options), *callbacks],
     )
     metrics = _train(trainer, options)
     model.eval()
@@ -96,6 +102,10 @@ def run_training(method: Method, options: RunOptions, config: Any, training: Map
     )
     digest = export_adapter(adapter, options.model, options.out, model_card(facts)) if args.should_save else ""
     return TrainResult(Path(options.out), digest, trainer.state.global_step, metrics, model, tokenizer, adapter)
+
+
+def _early_stopping(options: RunOptions) -> list[TrainerCallback]:
+    return [EarlyStoppingCallback(options.early_stopping_patience)] if options.early_stopping_patience else []
 
 
 def _check_out(options: RunOptions) -> None:
