@@ -40,6 +40,10 @@ class Rpc:
     parse: Callable[[bytes], Message]
 
 
+class ClientGone(Exception):
+    """A message could not be sent: the call has ended on the other side, and its cancellation is on the way."""
+
+
 class Guard:
     """Builds the handlers of a service. `refusing` is set once, when the drain begins."""
 
@@ -70,7 +74,10 @@ class Guard:
     def _streaming(self, rpc: Rpc, method: Streaming) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(raw: bytes, context: Context) -> None:
             async def write(message: Message) -> None:
-                await context.write(message.SerializeToString())
+                try:
+                    await context.write(message.SerializeToString())
+                except grpc.aio.InternalError:
+                    raise ClientGone from None
 
             async with self._answering(rpc, context):
                 await method(self._admit(rpc, raw), _deadline(context), write)
@@ -96,6 +103,8 @@ class Guard:
             late = context.time_remaining() == 0
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
+        except ClientGone:
+            code = grpc.StatusCode.CANCELLED
         except Exception as error:
             failure = describe(error)
             code = failure.code

@@ -36,16 +36,13 @@ class InferenceService:
         }
 
     async def generate(self, message: pb.GenerateRequest, deadline: float | None) -> pb.GenerateResponse:
-        deltas: list[Delta] = []
-        async with self._deltas(await self._request(message, deadline)) as stream:
-            async for delta in stream:
-                deltas.append(delta)
-                if delta.finish_reason is None:
-                    await self._pace.wait()
-        return responses.unary_message(deltas)
+        request = await self._request(message, deadline, stream=False)
+        async with self._deltas(request) as stream:
+            return responses.unary_message([delta async for delta in stream])
 
     async def generate_stream(self, message: pb.GenerateStreamRequest, deadline: float | None, write: Write) -> None:
-        async with self._deltas(await self._request(message, deadline)) as stream:
+        request = await self._request(message, deadline, stream=True)
+        async with self._deltas(request) as stream:
             async for delta in stream:
                 await write(responses.stream_message(delta))
                 if delta.finish_reason is None:
@@ -75,7 +72,9 @@ class InferenceService:
         finally:
             self._pace.active -= 1
 
-    async def _request(self, message: requests.GenerationMessage, deadline: float | None) -> GenerationRequest:
+    async def _request(
+        self, message: requests.GenerationMessage, deadline: float | None, *, stream: bool
+    ) -> GenerationRequest:
         info = self._engine.info
         sampling, stopping, output = requests.check_generation(message, info)
         self._check_task(message)
@@ -89,6 +88,7 @@ class InferenceService:
             output=output,
             priority=message.priority,
             deadline=deadline,
+            stream=stream,
         )
 
     def _check_task(self, message: requests.GenerationMessage) -> None:
