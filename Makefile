@@ -20,9 +20,10 @@ GPU_RESULTS ?= benchmarks/results
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Byte code is written when a module is first imported: most of torch never is, and installing takes 15 s less.
+INSTALL := -m pip --disable-pip-version-check install --no-compile
 # torch is the one long download: pip's bar shows where there is a terminal.
-TORCH_QUIET := $(shell test -t 2 || echo --quiet)
+TORCH_QUIET := $(shell test -t 2 || echo -qq)
 
 .DELETE_ON_ERROR:
 .PHONY: demo test lint lint-style lint-types lint-imports lint-protos bench gpu base protos dev clean
@@ -67,28 +68,27 @@ $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 	    "expected Python 3.11 or newer, got %d.%d: choose another with PYTHON=..." % v)'
 	@echo "environment: creating $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv --clear $(VENV) || { echo "expected a python3 with its venv module (Debian: python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "expected a python3 with its venv module (Debian: python3-venv)"; exit 1; }
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python constraints.txt
 	@echo "environment: installing torch$(if $(TORCH_INDEX), (also from $(TORCH_INDEX))) - the largest part"
-	@$(PIP) install $(TORCH_QUIET) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(BIN)/python $(INSTALL) $(TORCH_QUIET) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@touch $@
 
 $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	@echo "environment: installing peftmux with what it runs and trains on"
-	@$(PIP) install --quiet -c constraints.txt -e '.[train]'
+	@$(BIN)/python $(INSTALL) -qq -c constraints.txt -e '.[train]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "environment: installing peftmux with its test and lint tools"
-	@$(PIP) install --quiet -c constraints.txt -e '.[train,test,dev]'
+	@$(BIN)/python $(INSTALL) -qq -c constraints.txt -e '.[train,test,dev]'
 	@touch $(VENV)/.run $@
 
 # The generator is older than protobuf here on purpose (see protos/generate.py), so it has an environment of its own.
 $(VENV)/.protos: $(VENV)/.python protos/generate.py
 	@echo "environment: installing the proto generator"
 	@$(PYTHON) -m venv --clear $(VENV)/protos
-	@$(VENV)/protos/bin/python -m pip --disable-pip-version-check install --quiet \
-	    grpcio-tools==$$(sed -n 's/^GENERATOR = "\(.*\)"$$/\1/p' protos/generate.py)
+	@$(VENV)/protos/bin/python $(INSTALL) -qq grpcio-tools==$$(sed -n 's/^GENERATOR = "\(.*\)"$$/\1/p' protos/generate.py)
 	@touch $@

@@ -123,9 +123,10 @@ def test_adapters_are_preloaded_in_a_stable_order(render, minimal):
     assert pairs == ["a=a", "team/b=b-v2"]
 
 
-def test_notes_say_what_is_lost_and_what_is_per_pod(chart, minimal):
-    several = {**minimal, "replicas": 2}
+def test_notes_say_what_to_mind(chart, minimal):
+    several = {**minimal, "replicas": 2, "service": {"type": "LoadBalancer"}}
     notes = chart.render(several, name="demo", namespace="serving")["peftmux/templates/NOTES.txt"]
     assert "emptyDir" in notes
     assert "2 replicas" in notes
+    assert "in clear text" in notes
     assert "namespace serving" in notes
