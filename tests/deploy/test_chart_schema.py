@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "adapter name": ("adapters: {preload: {'a,b': x}}", "a,b"),
     "a flag that the chart sets": ("extraArgs: ['--grpc=0.0.0.0:1']", "extraArgs"),
     "a bare number as size": ("cacheSize: 20", "cacheSize"),
-    "a label that selects": ("podLabels: {app.kubernetes.io/name: other}", "podLabels"),
+    "a label that selects": ("podLabels: {app.kubernetes.io/name: other}", "app.kubernetes.io/name"),
     "service type": ("service: {type: ExternalName}", "type"),
 }
 
