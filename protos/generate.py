@@ -1,7 +1,7 @@
 """Generate the Python code of peftmux.v1 beside its .proto files, or check that what is committed is up to date.
 
-    python protos/generate.py           write the generated files
-    python protos/generate.py --check   exit 1 and name the files that differ
+    python protos/generate.py           write the generated files (`make protos`)
+    python protos/generate.py --check   exit 1 and name the files that differ (`make lint-protos`)
 
 The generator is pinned low on purpose: generated code refuses protobuf and grpcio older than the tool that made it,
 so this version is the floor of both for every user.
@@ -33,7 +33,9 @@ def installed_generator() -> str | None:
 def generate(out: Path) -> None:
     """Write the generated code of every source under `out`. RuntimeError where the pinned generator is missing."""
     if installed_generator() != GENERATOR:
-        raise RuntimeError(f"expected grpcio-tools=={GENERATOR} (the extra `dev`), found {installed_generator()}")
+        raise RuntimeError(
+            f"expected grpcio-tools=={GENERATOR} (`make protos` brings its own), found {installed_generator()}"
+        )
     protoc = import_module("grpc_tools.protoc")
 
     outputs = [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 from peftmux.runtime.engine.api import (
     AdapterInfo,
     AdapterState,
