@@ -32,7 +32,7 @@ def train(
     config: the method's own options, e.g. {"r": 16}.
     training: transformers' TrainingArguments, e.g. {"max_steps": 100}.
     callbacks: transformers' TrainerCallbacks, e.g. for a progress display of one's own.
-    options: the other fields of `peftmux.trainer.options.RunOptions`, e.g. max_length=512.
+    callbacks: beside the trainer's own. options: the other fields of `peftmux.trainer.options.RunOptions`, e.g. max_length=512.
     Raises TrainerError (DataError, OptionError) before anything is written.
     """
     from peftmux.trainer.loop import run_training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class PlainLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             values = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in logs.items())
-            print(f"step {state.global_step}/{state.max_steps} {values}", flush=True)
+            print(f"step {state.global_step}/{state.max_steps} {values}", file=sys.stderr, flush=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

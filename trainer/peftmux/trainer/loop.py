@@ -69,7 +69,11 @@ def run_training(
     data = _encode(options.data, train_rows, tokenizer, options, limit)
     eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit) if eval_rows else None
 
-    adapter = method.attach(model, config, AttachContext(args.seed, data.encoded.examples))
+    def tokenize(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    context = AttachContext(args.seed, data.encoded.examples, tokenize)
+    adapter = method.attach(model, config, context)
     print(trainable_summary(adapter, base_parameters), file=sys.stderr)
     if options.dry_run:
         return TrainResult(Path(options.out), "", 0, {}, model, tokenizer, adapter)
@@ -178,6 +182,11 @@ def _train(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:
     if options.eval_data:
         metrics.update(trainer.evaluate())
     return {name: value for name, value in metrics.items() if name not in ("total_flos", "epoch")}
+
+
+def _early_stopping(options: RunOptions) -> list[TrainerCallback]:
+    patience = options.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
 def _reported(args: TrainingArguments, given: Mapping[str, Any]) -> dict[str, object]:

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class AttachContext:
-    """What a method may use to initialise its tensors. `examples` is the training data."""
+    """What a method may use to initialise its tensors: the training data, and the base's tokenizer.
+
+    tokenize: text -> ids, without special tokens; None where there is no tokenizer.
+    """
 
     seed: int
     examples: Sequence[Example] = ()
+    tokenize: Callable[[str], list[int]] | None = None
 
 
 class AttachedAdapter(ABC):

@@ -11,7 +11,7 @@ from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.trainer.methods.base import AttachedAdapter
 from peftmux.trainer.sites import replace_module
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, linear
 
 
 class AdaptedLinear(nn.Module):
@@ -36,7 +36,7 @@ class AdaptedLinear(nn.Module):
         y: Tensor = self.base_layer(x)
         if self.drop and self.training:
             x = dropout(x, self.drop)
-        return apply_linear_part(y, x, self.part())
+        return _apply(y, x, self.part())
 
     @property
     def weight(self) -> Tensor:
@@ -82,6 +82,17 @@ class LinearAdapter(AttachedAdapter):
     def detach(self) -> None:
         for name, module in self.modules.items():
             replace_module(self._model, name, module.base_layer)
+
+
+def _apply(y: Tensor, x: Tensor, part: LinearPart) -> Tensor:
+    """`apply_linear_part`, with the low-rank term added in one pass over y where all of it has one dtype."""
+    if part.a is None or part.b is None or not y.dtype == x.dtype == part.a.dtype:
+        return apply_linear_part(y, x, part)
+    hidden = linear(x, part.a).flatten(0, -2)
+    added = torch.addmm(y.flatten(0, -2), hidden, part.b.T, alpha=part.scale).view_as(y)
+    if part.out_scale is None and part.bias is None:
+        return added
+    return apply_linear_part(added, x, LinearPart(out_scale=part.out_scale, bias=part.bias))
 
 
 def weight_out_in(layer: nn.Module) -> Tensor:

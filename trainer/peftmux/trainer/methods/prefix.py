@@ -7,6 +7,7 @@ trained from random values, prefixes learn far worse.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,6 +34,8 @@ class PrefixConfig:
         default="text",
         metadata={"help": "start from the keys and values of the training data's first tokens, or random"},
     )
+
+    prefix_init_text: str | None = field(default=None, metadata={"help": "start from this text instead of the data"})
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
@@ -157,15 +160,18 @@ def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> Attache
 
 
 def _initial_ids(config: PrefixConfig, context: AttachContext, model: Any) -> list[int]:
-    """The first tokens of the training data, from the beginning again where it is too short; drawn without data."""
+    """The text or the training data, from the beginning again where it is too short; drawn where there is neither."""
     n = config.num_virtual_tokens
-    ids: list[int] = []
-    while len(ids) < n and context.examples:
-        ids += _up_to(n - len(ids), context.examples)
-    if not ids:
+    if config.prefix_init_text is not None:
+        text = context.tokenize(config.prefix_init_text) if context.tokenize else []
+        if not text:
+            raise OptionError("prefix-init-text", f"expected text with tokens, got {config.prefix_init_text!r}")
+    else:
+        text = _up_to(n, context.examples)
+    if not text:
         generator = torch.Generator().manual_seed(context.seed)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
-    return ids
+        text = torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
+    return list(itertools.islice(itertools.cycle(text), n))
 
 
 def _up_to(count: int, examples: Sequence[Any]) -> list[int]:
