@@ -10,6 +10,8 @@
     |-- AdapterMemoryExhausted  pins or use hold all of it           (retry)
     |-- DeadlineExceeded        the deadline has passed or cannot be met
     |-- UnsupportedModel        the base model cannot be served exactly (at start only)
+    |-- NotFinite               the model's logits for this row were NaN or infinite
+    |-- StepFailed              the step that this row was in failed
     `-- EngineDead              the engine's thread failed; the process should be replaced
 and `peftmux.adapters.errors.AdapterError` for what is wrong with an adapter itself.
 """
@@ -59,6 +61,14 @@ class DeadlineExceeded(RuntimeFailure):
 
 
 class UnsupportedModel(RuntimeFailure):
+    pass
+
+
+class NotFinite(RuntimeFailure):
+    pass
+
+
+class StepFailed(RuntimeFailure):
     pass
 
 

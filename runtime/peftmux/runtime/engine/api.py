@@ -30,6 +30,8 @@ class GenerationRequest:
     priority: int = 0
     deadline: float | None = None
     """time.monotonic() seconds, or None."""
+    stream: bool = True
+    """False: one delta at the end, which spares the engine's interpreter a wake-up for every token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,7 @@ class NullObserver:
     def inter_token(self, seconds: float) -> None:
         pass
 
-    def finished(
-        self, reason: str, seconds: float, adapter: str, prompt_tokens: int, generated_tokens: int
-    ) -> None:
+    def finished(self, reason: str, seconds: float, adapter: str, prompt_tokens: int, generated_tokens: int) -> None:
         pass
 
     def adapter_loaded(self, seconds: float) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import AttentionInterface
-
 from peftmux.kernels.attention import AttentionPath, write_kv
 from peftmux.runtime.model.step import StepState
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 IMPLEMENTATION = "peftmux_paged"
 

@@ -1,4 +1,4 @@
-"""Finds the layers of a model that reach the attention interface, and refuses what the paged attention cannot honour."""
+"""Finds a model's attention layers, and refuses what the paged attention cannot honour."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from peftmux.adapters.base import KVShape
+from peftmux.runtime.errors import UnsupportedModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-
-from peftmux.adapters.base import KVShape
-from peftmux.runtime.errors import UnsupportedModel
 
 _DISCOVERY = "peftmux_discovery"
 _TOKENS = 5
@@ -77,7 +76,7 @@ def discover(model: PreTrainedModel) -> Discovery:
     Raises UnsupportedModel.
     """
     recorder, calls = _Recorder(), _LinearCalls(model)
-    AttentionInterface.register(_DISCOVERY, recorder)  # type: ignore[arg-type]
+    AttentionInterface.register(_DISCOVERY, recorder)
     before = model.config._attn_implementation
     model.set_attn_implementation(_DISCOVERY)
     positions = torch.arange(_TOKENS, device=model.device).unsqueeze(0)

@@ -8,9 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
 from peftmux.adapters.base import KVShape, LinearSite
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.attention import IMPLEMENTATION
@@ -20,6 +17,8 @@ from peftmux.runtime.model.rotary import pin_frequencies
 from peftmux.runtime.model.sites import SiteRef
 from peftmux.runtime.model.step import StepInputs, StepState
 from peftmux.runtime.model.swaps import Swapper
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LoadedModel:
@@ -89,6 +88,10 @@ class LoadedModel:
         ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
         return tuple(i for i in ids if 0 <= i < self.vocab_size)
 
+    def is_head(self, site: str) -> bool:
+        """Does this site only turn the last hidden state into logits?"""
+        return self.module.get_submodule(site) is self.module.get_output_embeddings()
+
     def weight(self, site: str) -> Tensor:
         return self.sites[site].weight()
 
@@ -116,7 +119,8 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModel(f"cannot load the base model {name!r}: {error}") from error
-    return fit_model(module.to(device), _tokenizer(name), name, context_length)
+    placed: PreTrainedModel = module.to(device)  # type: ignore[arg-type]
+    return fit_model(placed, _tokenizer(name), name, context_length)
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:

@@ -31,7 +31,7 @@ def pin_frequencies(model: nn.Module, context_length: int) -> None:
         for layer_type in per_layer:
             module(x, last, **({"layer_type": layer_type} if layer_type else {}))
         settled = inspect.unwrap(type(module).forward)
-        module.forward = MethodType(settled, module)  # type: ignore[method-assign]
+        module.forward = MethodType(settled, module)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def swap_rotary(model: PreTrainedModel) -> None:
                 forwards[cls] = _rebound(cls)
             forward = forwards[cls]
             if forward is not None:
-                module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+                module.forward = MethodType(forward, module)
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

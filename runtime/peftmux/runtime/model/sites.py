@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
-from torch import Tensor, nn
-
 from peftmux.adapters.base import LinearSite
 from peftmux.kernels.lowrank import LowRankSite
 from peftmux.runtime.model.dense import PackedDense, PlainDense, stack
 from peftmux.runtime.model.step import StepState
+from torch import Tensor, nn
 
 
 class SiteGroup:
@@ -49,7 +48,8 @@ class SiteGroup:
 
     def weight(self, index: int) -> Tensor:
         """[out, in] of one site."""
-        return self.dense.weight().split(self.sizes)[index]
+        part: Tensor = self.dense.weight().split(self.sizes)[index]
+        return part
 
 
 class SiteLinear(nn.Module):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
 from peftmux.adapters.base import LinearSite
 from peftmux.runtime.model.dense import PackedDense, PlainDense
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.rotary import swap_rotary
 from peftmux.runtime.model.sites import SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
 from peftmux.runtime.model.step import StepState
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -63,7 +62,7 @@ class Swapper:
             for name, module in zip(names, siblings(group), strict=True):
                 setattr(parent, name, module)
             if swiglu:
-                parent.forward = FastSwiGLU(group, parent)  # type: ignore[method-assign, assignment]
+                parent.forward = FastSwiGLU(group, parent)
 
     def _group(self, names: Sequence[str], layers: Sequence[nn.Module]) -> SiteGroup:
         sites, weights, biases = [], [], []

@@ -1,0 +1,191 @@
+"""Loading and unloading adapters while the engine runs: loader threads, the store, and the engine's thread in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peftmux.adapters.errors import AdapterError, AdapterInvalid, SourceNotFound
+from peftmux.adapters.source import valid_name
+from peftmux.runtime.engine.api import AdapterInfo, AdapterState, ResidencyLevel
+from peftmux.runtime.engine.observer import EngineObserver
+from peftmux.runtime.engine.placement import DevicePlacement, Placed, PreparedAdapter
+from peftmux.runtime.engine.thread import EngineThread
+from peftmux.runtime.errors import AdapterExists, InvalidRequest, RuntimeFailure
+from peftmux.runtime.residency.loader import Loader
+from peftmux.runtime.residency.store import AdapterStore, Entry, Revision
+
+DIGEST_DIFFERS = "REVISION_DIFFERS"
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One LoadAdapter call."""
+
+    name: str
+    source: str
+    folder: Path
+    revision: str
+    pinned: bool
+    replace: bool
+
+
+class AdapterManager:
+    """One load or unload at a time for each name; names do not wait for each other. Lives in the asyncio loop."""
+
+    def __init__(
+        self,
+        loader: Loader[PreparedAdapter],
+        placement: DevicePlacement,
+        thread: EngineThread,
+        observer: EngineObserver,
+    ) -> None:
+        self._loader = loader
+        self._placement = placement
+        self._thread = thread
+        self._observer = observer
+        self.store: AdapterStore[Placed] = AdapterStore(self._remove)
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._background: set[asyncio.Task[AdapterInfo]] = set()
+
+    async def load(
+        self, name: str, source: str, *, revision: str, pinned: bool, wait: bool, replace: bool
+    ) -> AdapterInfo:
+        """As the LoadAdapter call says. Raises what it answers with."""
+        if not valid_name(name):
+            raise InvalidRequest("name", f"expected letters, digits, '.', '_', '-' and at most one '/', got {name!r}")
+        folder = self._loader.resolve(source)
+        job = _Job(name, source, folder, revision, pinned, replace)
+        known = self.store.find(name)
+        taken = known is not None and known.revision is not None and not replace
+        if wait or taken:
+            return await self._in_turn(name, lambda: self._load(job, keep_failure=False))
+        entry = known or self.store.begin(name, source)
+        task = asyncio.create_task(self._in_turn(name, lambda: self._load(job, keep_failure=True)))
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+        return self.info(entry)
+
+    async def load_at_start(self, name: str, folder: Path) -> AdapterInfo:
+        """As the operator says on the command line, so the folder may lie outside the adapter root."""
+        if not valid_name(name):
+            raise InvalidRequest("name", f"expected letters, digits, '.', '_', '-' and at most one '/', got {name!r}")
+        if not folder.is_dir():
+            raise SourceNotFound(f"no adapter folder {str(folder)!r}")
+        job = _Job(name, str(folder), folder, "", False, False)
+        return await self._in_turn(name, lambda: self._load(job, keep_failure=False))
+
+    async def unload(self, name: str, wait: bool) -> AdapterInfo:
+        return await self._in_turn(name, lambda: self._unload(name, wait))
+
+    def info(self, entry: Entry[Placed]) -> AdapterInfo:
+        revision = entry.revision
+        if revision is None:
+            return AdapterInfo(
+                entry.name, AdapterState(entry.state.value), pinned=entry.pinned, error=entry.error, source=entry.source
+            )
+        return AdapterInfo(
+            name=entry.name,
+            state=AdapterState(entry.state.value),
+            revision=revision.digest,
+            kind=revision.kind,
+            residency=ResidencyLevel.DEVICE,
+            pinned=entry.pinned,
+            min_rank=revision.ranks[0],
+            max_rank=revision.ranks[1],
+            applied_sites=revision.applied_sites,
+            tensors=revision.tensors,
+            parameters=revision.parameters,
+            bytes=revision.bytes,
+            error=entry.error,
+            load_seconds=entry.load_seconds,
+            requests_in_flight=revision.users,
+            weight=entry.weight,
+            source=entry.source,
+        )
+
+    def close(self) -> None:
+        self._loader.close()
+        for task in self._background:
+            task.cancel()
+
+    async def _in_turn(self, name: str, work: Callable[[], Awaitable[AdapterInfo]]) -> AdapterInfo:
+        lock = self._turns.setdefault(name, asyncio.Lock())
+        try:
+            async with lock:
+                # a caller that goes away must not leave the work half done
+                return await asyncio.shield(work())
+        finally:
+            if not lock.locked():
+                self._turns.pop(name, None)
+
+    async def _load(self, job: _Job, keep_failure: bool) -> AdapterInfo:
+        entry = self.store.begin(job.name, job.source)
+        started = time.monotonic()
+        try:
+            prepared = await asyncio.wrap_future(self._loader.load(job.folder))
+            return await self._publish(entry, job, prepared, started)
+        except (AdapterError, RuntimeFailure) as error:
+            self.store.fail(entry, str(error), keep_failure)
+            raise
+        except Exception:
+            self.store.fail(entry, "internal error", keep_failure)
+            raise
+
+    async def _publish(self, entry: Entry[Placed], job: _Job, prepared: PreparedAdapter, started: float) -> AdapterInfo:
+        lowered = prepared.lowered
+        if job.revision and job.revision != lowered.digest:
+            raise AdapterInvalid(DIGEST_DIFFERS, f"expected revision {job.revision}, got {lowered.digest}")
+        old = entry.revision
+        if old is not None and old.digest == lowered.digest:
+            return self.info(entry)
+        if old is not None and not job.replace:
+            raise AdapterExists(
+                f"adapter {job.name!r} is loaded with revision {old.digest}, got other content "
+                f"({lowered.digest}): set replace to make it the new revision"
+            )
+        placed = await asyncio.wrap_future(self._thread.ask(lambda: self._placement.place(job.name, prepared)))
+        revision = Revision(
+            name=job.name,
+            digest=lowered.digest,
+            kind=lowered.kind,
+            ranks=lowered.ranks,
+            applied_sites=lowered.applied_sites,
+            tensors=lowered.tensors,
+            parameters=lowered.parameters,
+            bytes=prepared.size,
+            placement=placed,
+        )
+        entry.pinned = job.pinned
+        seconds = time.monotonic() - started
+        self.store.publish(entry, revision, job.source, seconds)
+        self._observer.adapter_loaded(seconds)
+        return self.info(entry)
+
+    async def _unload(self, name: str, wait: bool) -> AdapterInfo:
+        entry = self.store.unload(name)
+        if wait and not entry.removed.is_set():
+            await asyncio.to_thread(entry.removed.wait)
+        info = self.info(entry)
+        return _unloaded(info) if entry.removed.is_set() else info
+
+    def _remove(self, revision: Revision[Placed]) -> None:
+        """Called by the store, in any thread, for a retired revision without users."""
+
+        def remove() -> None:
+            self._placement.remove(revision.placement)
+            self.store.forget(revision)
+
+        self._thread.post(remove)
+
+    def _finished(self, task: asyncio.Task[AdapterInfo]) -> None:
+        self._background.discard(task)
+        if not task.cancelled():
+            task.exception()  # shown by GetAdapter; read here so that asyncio does not complain
+
+
+def _unloaded(info: AdapterInfo) -> AdapterInfo:
+    return replace(info, state=AdapterState.UNLOADED, residency=None, bytes=0, requests_in_flight=0)

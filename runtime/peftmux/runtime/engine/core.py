@@ -1,0 +1,197 @@
+"""The engine's core: schedule, run, update, publish. Plain calls with plain values, all in one thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from peftmux.runtime.engine.observer import EngineObserver
+from peftmux.runtime.engine.placement import BASE
+from peftmux.runtime.engine.request import ActiveRequest, Outcome
+from peftmux.runtime.errors import DeadlineExceeded, InvalidRequest, NotFinite, QueueFull, RuntimeFailure, StepFailed
+from peftmux.runtime.model.runner import Runner
+from peftmux.runtime.params import FinishReason
+from peftmux.runtime.scheduler import NewRow, Scheduler, StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
+
+_MAX_FAILED_STEPS = 3
+"""Steps in a row that may fail before the engine gives up."""
+
+Deliveries = list[tuple[ActiveRequest, Outcome]]
+
+
+class EngineCore:
+    """Owns the scheduler, the runner and the running requests. `release` gives back an ended request's adapter."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        observer: EngineObserver,
+        release: Callable[[ActiveRequest], None],
+        max_queued: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._observer = observer
+        self._release = release
+        self._max_queued = max_queued
+        self._requests: dict[int, ActiveRequest] = {}
+        self._timed: set[int] = set()
+        """Requests with a deadline."""
+        self._failed_steps = 0
+        self._outbox: Deliveries = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, active: ActiveRequest) -> None:
+        """Queue a request, or answer it with the error that says why not."""
+        self._requests[active.id] = active
+        try:
+            self._check_queue()
+            self.scheduler.add(self._row(active))
+        except RuntimeFailure as error:
+            self._end(active, error)
+            return
+        if active.request.deadline is not None:
+            self._timed.add(active.id)
+
+    def abort(self, request_id: int, outcome: Outcome | None = None) -> None:
+        """Free the row at once. Unknown ids have ended already."""
+        active = self._requests.get(request_id)
+        if active is not None:
+            self.scheduler.abort(request_id)
+            self._end(active, outcome or active.take(FinishReason.CANCELLED))
+
+    def abort_all(self, error: RuntimeFailure) -> None:
+        for request_id in list(self._requests):
+            self.abort(request_id, error)
+
+    def step(self) -> None:
+        """Run one step if there is work. Raises RuntimeError when the device fails again and again."""
+        self._expire()
+        plan = self.scheduler.plan()
+        if plan is None:
+            return
+        started = time.monotonic()
+        self._note_scheduled(plan, started)
+        try:
+            result = self._runner.run(plan)
+        except Exception as error:
+            self._fail_step(plan, error)
+            return
+        self._failed_steps = 0
+        now = time.monotonic()
+        self._observer.step(now - started, plan.num_tokens)
+        self._update(plan, result, now)
+
+    def deliveries(self) -> Deliveries:
+        """What has happened since the last call, in order."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    def _row(self, active: ActiveRequest) -> NewRow:
+        request = active.request
+        placed = active.revision.placement if active.revision else BASE
+        virtual = placed.prefix.length if placed.prefix else 0
+        total = virtual + len(request.prompt) + active.max_tokens
+        return NewRow(
+            id=active.id,
+            slot=placed.slot,
+            prompt=request.prompt,
+            max_total=total,
+            sampling=request.sampling,
+            output=request.output,
+            salt=placed.salt,
+            prefix=placed.prefix,
+            position_offset=placed.position_offset,
+            min_tokens=request.stopping.min_tokens,
+            end_token_ids=tuple(active.ends),
+            priority=request.priority,
+            fairness_key=active.adapter,
+            arrival=active.submitted,
+        )
+
+    def _check_queue(self) -> None:
+        room = self.scheduler.max_rows - self.scheduler.num_running
+        if self.scheduler.num_waiting - room >= self._max_queued:
+            raise QueueFull(f"{self._max_queued} requests are waiting already")
+
+    def _expire(self) -> None:
+        if self._timed:
+            now = time.monotonic()
+            for request_id in [i for i in self._timed if (self._requests[i].request.deadline or now) < now]:
+                self.abort(request_id, DeadlineExceeded("the deadline passed before the request was finished"))
+
+    def _note_scheduled(self, plan: StepPlan, now: float) -> None:
+        for row in plan.rows:
+            active = self._requests[row.row]
+            if active.scheduled is None:
+                active.scheduled = now
+                active.cached_tokens = self.scheduler.cached_tokens(row.row)
+                self._observer.scheduled(now - active.submitted)
+
+    def _update(self, plan: StepPlan, result: StepResult, now: float) -> None:
+        for planned, got in zip(plan.rows, result.rows, strict=True):
+            if planned.samples and got.token is None:
+                error = NotFinite("the model's logits for this request are not finite; it was ended")
+                self.abort(planned.row, error)
+        for row in self.scheduler.update(result):
+            active = self._requests[row.row]
+            finish = active.accept(row)
+            if row.token is not None:
+                self._note_token(active, now)
+            if finish is not None:
+                self.scheduler.finish(row.row)
+                self._end(active, active.take(finish))
+            elif active.request.stream and active.has_news:
+                self._outbox.append((active, active.take()))
+
+    def _note_token(self, active: ActiveRequest, now: float) -> None:
+        if active.last_token is None:
+            self._observer.first_token(now - active.submitted)
+        else:
+            self._observer.inter_token(now - active.last_token)
+        active.last_token = now
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        """Whose row it was cannot be told: all of the step's rows end, the others run on."""
+        logger.exception("a step of %d rows failed", len(plan.rows))
+        self._failed_steps += 1
+        for row in plan.rows:
+            self.abort(row.row, StepFailed("the step that this request was in failed on the device"))
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            raise RuntimeError(f"{self._failed_steps} steps in a row failed") from error
+
+    def _end(self, active: ActiveRequest, outcome: Outcome) -> None:
+        del self._requests[active.id]
+        self._timed.discard(active.id)
+        self._outbox.append((active, outcome))
+        self._release(active)
+        reason = "error"
+        if not isinstance(outcome, RuntimeFailure) and outcome.finish_reason is not None:
+            reason = outcome.finish_reason.value
+        seconds = time.monotonic() - active.submitted
+        self._observer.finished(reason, seconds, active.adapter, len(active.request.prompt), active.generated)
+
+
+def max_new_tokens(prompt: int, virtual: int, wanted: int | None, context_length: int, capacity: int) -> int:
+    """How many tokens a request may generate. InvalidRequest where prompt or max_tokens are past the context."""
+    room = context_length - virtual - prompt
+    beside = f" beside {virtual} virtual tokens" if virtual else ""
+    if room < 1:
+        raise InvalidRequest(
+            "input", f"prompt: expected at most {context_length - virtual - 1} tokens{beside}, got {prompt}"
+        )
+    if wanted is None:
+        return max(1, min(room, capacity - virtual - prompt))
+    if wanted > room:
+        raise InvalidRequest(
+            "stopping.max_tokens",
+            f"expected at most {room} (context {context_length}, prompt {prompt}{beside}), got {wanted}",
+        )
+    return wanted

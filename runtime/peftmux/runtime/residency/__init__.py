@@ -1,0 +1,1 @@
+"""Which adapters the server knows, in which revision, and who uses them."""
