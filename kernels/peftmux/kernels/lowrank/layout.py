@@ -22,10 +22,8 @@ class Prepared:
     """Of each slice, 0 where it has no low-rank term."""
     a: Tensor
     """[R, K] in the site's dtype: the slices' A below each other."""
-    b: tuple[Tensor, ...]
-    """Of each slice, rank rows [r, N_slice] in the site's dtype: neighbours in `b_storage`."""
-    b_storage: Tensor
-    """[sum of r * N_slice]."""
+    b: Tensor
+    """[sum of r * N_slice] in the site's dtype: slice by slice, panel by panel, rank rows [r, columns of the panel]."""
     rank_scale: Tensor
     """[R] float32: each slice's scale, once a rank."""
     out_scale: Tensor | None
@@ -35,7 +33,7 @@ class Prepared:
 
     @property
     def nbytes(self) -> int:
-        held = (self.a, self.b_storage, self.rank_scale, self.out_scale, self.bias)
+        held = (self.a, self.b, self.rank_scale, self.out_scale, self.bias)
         return sum(t.nbytes for t in held if t is not None)
 
 
@@ -45,8 +43,11 @@ def prepare(
     slices: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
+    panel: int | None = None,
 ) -> Prepared:
     """Cast and lay out one part per slice (None: this adapter leaves the slice alone).
+
+    B is cut into panels of so many columns, the last of a slice narrower; None makes a slice one panel.
 
     Pure, so a loader thread may run it. Raises ValueError for wrong shapes and for values that are not finite in the
     site's dtype: rows of other adapters may share a product with them.
@@ -57,30 +58,36 @@ def prepare(
     for i, (part, out) in enumerate(zip(present, slices, strict=True)):
         _check(part, i, in_features, out)
     ranks = tuple(p.rank for p in present)
-    b_storage = torch.empty(sum(r * n for r, n in zip(ranks, slices, strict=True)), dtype=dtype, device=device)
-    areas = torch.split(b_storage, [r * n for r, n in zip(ranks, slices, strict=True)])
-    b = tuple(area.view(r, n) for area, r, n in zip(areas, ranks, slices, strict=True))
     a = torch.empty(sum(ranks), in_features, dtype=dtype, device=device)
-    for part, a_rows, b_rows in zip(present, torch.split(a, list(ranks)), b, strict=True):
+    b = torch.empty(sum(r * n for r, n in zip(ranks, slices, strict=True)), dtype=dtype, device=device)
+    areas = torch.split(b, [r * n for r, n in zip(ranks, slices, strict=True)])
+    for part, a_rows, area in zip(present, torch.split(a, list(ranks)), areas, strict=True):
         if part.a is not None and part.b is not None:
             a_rows.copy_(part.a.detach())
-            b_rows.copy_(part.b.detach().t())
+            _fill_panels(area, part.b.detach(), panel or part.b.shape[0])
     scales = [part.scale for part in present for _ in range(part.rank)]
     changed = any(p.out_scale is not None or p.bias is not None for p in present)
     prepared = Prepared(
         ranks=ranks,
         a=a,
         b=b,
-        b_storage=b_storage,
         rank_scale=torch.tensor(scales, dtype=torch.float32, device=device),
         out_scale=_per_output([p.out_scale for p in present], slices, 1.0, device) if changed else None,
         bias=_per_output([p.bias for p in present], slices, 0.0, device) if changed else None,
     )
-    for name in ("a", "b_storage", "rank_scale", "out_scale", "bias"):
+    for name in ("a", "b", "rank_scale", "out_scale", "bias"):
         value = getattr(prepared, name)
         if value is not None and not value.isfinite().all():
-            raise ValueError(f"expected finite values, got inf or nan in {name.removesuffix('_storage')} as {dtype}")
+            raise ValueError(f"expected finite values, got inf or nan in {name} as {dtype}")
     return prepared
+
+
+def _fill_panels(area: Tensor, b: Tensor, panel: int) -> None:
+    """area: [out * r] -> the rank rows of b [out, r], panel by panel."""
+    at = 0
+    for columns in torch.split(b, panel):
+        area[at : at + columns.numel()].view(columns.shape[1], -1).copy_(columns.t())
+        at += columns.numel()
 
 
 def _check(part: LinearPart, index: int, in_features: int, out: int) -> None:

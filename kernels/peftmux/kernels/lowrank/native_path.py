@@ -13,6 +13,9 @@ from peftmux.kernels.lowrank.layout import Prepared
 from peftmux.kernels.lowrank.segments import Segments
 from peftmux.kernels.native import Library
 
+_PANEL = 64
+"""As in lowrank.cpp: the columns of B that lie together."""
+
 
 class _Slot(ctypes.Structure):
     _fields_ = [(n, c_void_p) for n in ("a", "b", "rank_scale", "out_scale", "bias", "rank_ends")]
@@ -30,6 +33,7 @@ class NativePath:
     """One site's adapters as a table of addresses. The tensors behind them live in `_kept` until dropped."""
 
     name = "native"
+    panel = _PANEL
 
     def __init__(self, library: Library, in_features: int, slices: tuple[int, ...], dtype: torch.dtype) -> None:
         self._function = library.function("peftmux_lowrank", dtype)
@@ -47,7 +51,7 @@ class NativePath:
         self._kept[slot] = (prepared, ends)
         self._table[slot] = _Slot(
             prepared.a.data_ptr(),
-            prepared.b_storage.data_ptr(),
+            prepared.b.data_ptr(),
             prepared.rank_scale.data_ptr(),
             None if prepared.out_scale is None else prepared.out_scale.data_ptr(),
             None if prepared.bias is None else prepared.bias.data_ptr(),

@@ -54,7 +54,7 @@ class LowRankSite:
 
     def prepare(self, parts: Sequence[LinearPart | None]) -> Prepared:
         """One part per slice, laid out for this site; see `layout.prepare` for its errors."""
-        return prepare(parts, self.in_features, self.slices, self.dtype, self.device)
+        return prepare(parts, self.in_features, self.slices, self.dtype, self.device, self._path.panel)
 
     def put(self, slot: int, prepared: Prepared) -> None:
         """Place an adapter; slot 0 is the base model's and a taken slot must be dropped first."""

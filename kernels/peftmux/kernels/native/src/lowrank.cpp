@@ -2,7 +2,8 @@
 //     y[t] = out_scale * (y[t] + (rank_scale * (A x[t])) B) + bias,    per slice of y, accumulated in float32
 // Two stages: t = A x for all tokens, then what t adds to y. A unit of work holds all rows of one adapter (up to
 // ROWS), so its weights are read once. An element of t or y is computed by one thread in an order that depends on
-// nothing but its own row and weights.
+// nothing but its own row and weights. With many adapters the weights come from memory once a step in pieces too short
+// for the hardware to foresee: each unit asks for the next one's while it works.
 
 #include <algorithm>
 #include <vector>
@@ -15,7 +16,7 @@ namespace peftmux {
 // The layouts of `lowrank/native_path.py`.
 struct Slot {
   const void* a;             // [R, in]
-  const void* b;             // the slices' [r, n] one after the other
+  const void* b;             // of each slice, [r, PANEL] for each PANEL columns, the last one narrower
   const float* rank_scale;   // [R]
   const float* out_scale;    // [out], or null together with bias
   const float* bias;         // [out]
@@ -39,7 +40,9 @@ constexpr int RANKS = W == 16 ? 8 : 4;    // of one tile of the first stage
 constexpr int X_ROWS = 3;                 // rows of one tile of the first stage
 constexpr int VECTORS = W == 16 ? 4 : 2;  // columns of one tile of the second stage, in vectors
 constexpr int Y_ROWS = 4;
-constexpr int COLUMNS = 256;  // of one unit of the second stage
+constexpr int PANEL = 64;              // as in `lowrank/native_path.py`
+constexpr int COLUMNS = 4 * PANEL;     // of one unit of the second stage
+constexpr int LINE = 64;               // bytes
 
 // Rows of one adapter: tokens[first .. first + count); its ranks stand at t + offset, [R][count].
 struct Group {
@@ -54,6 +57,18 @@ struct ShrinkUnit {
 
 struct ExpandUnit {
   int group, slice, column, row;
+  const void* b;  // the slot's panels from `column` on
+};
+
+// Asks for the memory behind `next`, as fast as the caller reads its own.
+struct Ahead {
+  const char* next;
+
+  void fetch(int bytes) {
+    if (!next) return;
+    for (int i = 0; i < bytes; i += LINE) __builtin_prefetch(next + i, 0, 2);
+    next += bytes;
+  }
 };
 
 struct Plan {
@@ -66,22 +81,26 @@ struct Plan {
 
 int ranks_of(const Slot& s, int slices) { return s.rank_ends[slices - 1]; }
 
-void plan_group(Plan& plan, const Site& site, const Slot& slot, int first) {
+void plan_group(Plan& plan, const Site& site, const Slot& slot, int first, int element) {
   Group g{&slot, first, (int)plan.tokens.size() - first, (int64_t)plan.t.size()};
   int index = (int)plan.groups.size(), ranks = ranks_of(slot, site.slices);
   plan.groups.push_back(g);
   plan.t.resize(plan.t.size() + (size_t)ranks * g.count);
   for (int row = 0; row < g.count; row += ROWS) {
     for (int rank = 0; rank < ranks; rank += RANKS) plan.shrink.push_back({index, rank, row});
+    const char* b = (const char*)slot.b;
     for (int s = 0, begin = 0, rank = 0; s < site.slices; begin = site.slice_ends[s], rank = slot.rank_ends[s], ++s) {
-      if (slot.rank_ends[s] == rank && !slot.out_scale) continue;
-      for (int c = begin; c < site.slice_ends[s]; c += COLUMNS) plan.expand.push_back({index, s, c, row});
+      int64_t column_bytes = (int64_t)(slot.rank_ends[s] - rank) * element;
+      if (column_bytes || slot.out_scale)
+        for (int c = begin; c < site.slice_ends[s]; c += COLUMNS)
+          plan.expand.push_back({index, s, c, row, b + (c - begin) * column_bytes});
+      b += (site.slice_ends[s] - begin) * column_bytes;
     }
   }
 }
 
 // `runs` is sorted by slot.
-void make_plan(Plan& plan, const Site& site, const Run* runs, int count) {
+void make_plan(Plan& plan, const Site& site, const Run* runs, int count, int element) {
   plan.tokens.clear(), plan.groups.clear(), plan.shrink.clear(), plan.expand.clear(), plan.t.clear();
   for (int i = 0; i < count;) {
     int slot = runs[i].slot, first = (int)plan.tokens.size();
@@ -89,19 +108,20 @@ void make_plan(Plan& plan, const Site& site, const Run* runs, int count) {
     for (; i < count && runs[i].slot == slot; ++i)
       if (held)
         for (int t = runs[i].start; t < runs[i].end; ++t) plan.tokens.push_back(t);
-    if (held) plan_group(plan, site, site.table[slot], first);
+    if (held) plan_group(plan, site, site.table[slot], first, element);
   }
 }
 
 // out[n * ld + m] = scale[n] * dot(x[m], a[n])
 template <class T, int M, int N>
-void dot_tile(const T* const* x, const T* a, int k, const float* scale, float* out, int64_t ld) {
+void dot_tile(const T* const* x, const T* a, int k, const float* scale, float* out, int64_t ld, Ahead ahead) {
   typedef Dot<T> D;
   vf acc[M][N] = {};
   int i = 0;
   for (; i + D::STEP <= k; i += D::STEP) {
     typename D::V xs[M];
     for (int m = 0; m < M; ++m) xs[m] = D::get(x[m] + i);
+    ahead.fetch(N * D::STEP * sizeof(T));
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       typename D::V as = D::get(a + (int64_t)n * k + i);
@@ -119,29 +139,37 @@ void dot_tile(const T* const* x, const T* a, int k, const float* scale, float* o
 }
 
 template <class T, int N>
-void dot_rows(const T* const* x, int rows, const T* a, int k, const float* scale, float* out, int64_t ld) {
+void dot_rows(const T* const* x, int rows, const T* a, int k, const float* scale, float* out, int64_t ld,
+              Ahead ahead) {
   int m = 0;
-  for (; m + X_ROWS <= rows; m += X_ROWS) dot_tile<T, X_ROWS, N>(x + m, a, k, scale, out + m, ld);
-  if (rows - m == 2) dot_tile<T, 2, N>(x + m, a, k, scale, out + m, ld);
-  if (rows - m == 1) dot_tile<T, 1, N>(x + m, a, k, scale, out + m, ld);
+  for (; m + X_ROWS <= rows; m += X_ROWS, ahead.next = nullptr)
+    dot_tile<T, X_ROWS, N>(x + m, a, k, scale, out + m, ld, ahead);
+  if (rows - m == 2) dot_tile<T, 2, N>(x + m, a, k, scale, out + m, ld, ahead);
+  if (rows - m == 1) dot_tile<T, 1, N>(x + m, a, k, scale, out + m, ld, ahead);
 }
 
 template <class T>
-void shrink(const Site& site, Plan& plan, const ShrinkUnit& u, const T* x, int64_t x_stride) {
+void shrink(const Site& site, Plan& plan, int unit, const T* x, int64_t x_stride) {
+  const ShrinkUnit& u = plan.shrink[unit];
   const Group& g = plan.groups[u.group];
   const T* rows[ROWS];
   int count = std::min(ROWS, g.count - u.row), k = site.in;
   for (int m = 0; m < count; ++m) rows[m] = x + plan.tokens[g.first + u.row + m] * x_stride;
   int end = std::min(u.rank + RANKS, ranks_of(*g.slot, site.slices));
+  Ahead ahead{};
+  if (unit + 1 < (int)plan.shrink.size()) {
+    const ShrinkUnit& then = plan.shrink[unit + 1];
+    ahead.next = (const char*)((const T*)plan.groups[then.group].slot->a + (int64_t)then.rank * k);
+  }
   for (int n = u.rank; n < end;) {
     const T* a = (const T*)g.slot->a + (int64_t)n * k;
     const float* scale = g.slot->rank_scale + n;
     float* out = plan.t.data() + g.offset + (int64_t)n * g.count + u.row;
     if (end - n == RANKS) {
-      dot_rows<T, RANKS>(rows, count, a, k, scale, out, g.count);
+      dot_rows<T, RANKS>(rows, count, a, k, scale, out, g.count, ahead);
       n += RANKS;
     } else {
-      dot_rows<T, 1>(rows, count, a, k, scale, out, g.count);
+      dot_rows<T, 1>(rows, count, a, k, scale, out, g.count, Ahead{});
       n += 1;
     }
   }
@@ -167,11 +195,12 @@ inline vf finish(vf y, vf added, const float* out_scale, const float* bias, int 
 
 // M rows, C whole vectors of columns from y[m] on.
 template <class T, int M, int C>
-void add_tile(const Terms<T>& s, T* const* y, int column) {
+void add_tile(const Terms<T>& s, T* const* y, int column, Ahead ahead) {
   vf acc[M][C] = {};
   for (int j = 0; j < s.ranks; ++j) {
     vf b[C];
     for (int c = 0; c < C; ++c) b[c] = load(s.b + j * s.b_stride + c * W);
+    ahead.fetch(C * W * sizeof(T));
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       vf t = splat(s.t[j * s.t_stride + m]);
@@ -196,52 +225,62 @@ void add_tail(const Terms<T>& s, T* y, int n) {
 }
 
 template <class T, int C>
-void add_rows(const Terms<T>& s, T* const* y, int rows, int column) {
+void add_rows(const Terms<T>& s, T* const* y, int rows, int column, Ahead ahead) {
   Terms<T> at = s;
   int m = 0;
-  for (; m + Y_ROWS <= rows; m += Y_ROWS, at.t = s.t + m) add_tile<T, Y_ROWS, C>(at, y + m, column);
-  for (; m < rows; ++m, at.t = s.t + m) add_tile<T, 1, C>(at, y + m, column);
+  for (; m + Y_ROWS <= rows; m += Y_ROWS, at.t = s.t + m, ahead.next = nullptr)
+    add_tile<T, Y_ROWS, C>(at, y + m, column, ahead);
+  for (; m < rows; ++m, at.t = s.t + m, ahead.next = nullptr) add_tile<T, 1, C>(at, y + m, column, ahead);
 }
 
 template <class T>
-void expand(const Site& site, const Plan& plan, const ExpandUnit& u, T* y, int64_t y_stride) {
+void expand(const Site& site, const Plan& plan, int unit, T* y, int64_t y_stride) {
+  const ExpandUnit& u = plan.expand[unit];
   const Group& g = plan.groups[u.group];
   const Slot& slot = *g.slot;
   T* rows[ROWS];
   int count = std::min(ROWS, g.count - u.row);
   for (int m = 0; m < count; ++m) rows[m] = y + plan.tokens[g.first + u.row + m] * y_stride;
-  const T* b = (const T*)slot.b;
-  int begin = 0, rank = 0;
-  for (int s = 0; s < u.slice; begin = site.slice_ends[s], rank = slot.rank_ends[s], ++s)
-    b += (int64_t)(slot.rank_ends[s] - rank) * (site.slice_ends[s] - begin);
-  int width = site.slice_ends[u.slice] - begin, end = std::min(u.column + COLUMNS, site.slice_ends[u.slice]);
-  Terms<T> terms{plan.t.data() + g.offset + (int64_t)rank * g.count + u.row,
-                 g.count,
-                 b + (u.column - begin),
-                 width,
-                 slot.rank_ends[u.slice] - rank,
-                 slot.out_scale ? slot.out_scale + u.column : nullptr,
-                 slot.bias ? slot.bias + u.column : nullptr};
-  auto advance = [&](int columns) {
-    terms.b += columns;
-    if (terms.out_scale) terms.out_scale += columns, terms.bias += columns;
-    return columns;
-  };
-  int c = u.column;
-  while (c + VECTORS * W <= end) add_rows<T, VECTORS>(terms, rows, count, c), c += advance(VECTORS * W);
-  while (c + W <= end) add_rows<T, 1>(terms, rows, count, c), c += advance(W);
-  for (int m = 0; c < end && m < count; ++m, ++terms.t) add_tail<T>(terms, rows[m] + c, end - c);
+  int first_rank = u.slice ? slot.rank_ends[u.slice - 1] : 0, end = site.slice_ends[u.slice];
+  Terms<T> s;
+  s.t = plan.t.data() + g.offset + (int64_t)first_rank * g.count + u.row;
+  s.t_stride = g.count;
+  s.ranks = slot.rank_ends[u.slice] - first_rank;
+  const T* panel = (const T*)u.b;
+  Ahead ahead{unit + 1 < (int)plan.expand.size() ? (const char*)plan.expand[unit + 1].b : nullptr};
+  for (int begin = u.column; begin < std::min(u.column + COLUMNS, end); begin += PANEL) {
+    int width = std::min(PANEL, end - begin), c = 0;
+    s.b_stride = width;
+    auto at = [&](int column) {
+      s.b = panel + column;
+      s.out_scale = slot.out_scale ? slot.out_scale + begin + column : nullptr;
+      s.bias = slot.out_scale ? slot.bias + begin + column : nullptr;
+      return begin + column;
+    };
+    for (; c + VECTORS * W <= width; c += VECTORS * W) {
+      add_rows<T, VECTORS>(s, rows, count, at(c), ahead);
+      if (ahead.next) ahead.next += (int64_t)s.ranks * VECTORS * W * sizeof(T);
+    }
+    for (; c + W <= width; c += W) add_rows<T, 1>(s, rows, count, at(c), Ahead{});
+    if (c < width) {
+      at(c);
+      const float* t = s.t;
+      for (int m = 0; m < count; ++m, ++s.t) add_tail<T>(s, rows[m] + begin + c, width - c);
+      s.t = t;
+    }
+    panel += (int64_t)s.ranks * width;
+  }
 }
 
 template <class T>
 void apply(const Site& site, T* y, int64_t y_stride, const T* x, int64_t x_stride, const Run* runs, int count,
            int threads) {
   static thread_local Plan plan;
-  make_plan(plan, site, runs, count);
+  make_plan(plan, site, runs, count, sizeof(T));
   Plan& p = plan;
   share(
-      threads, (int)p.shrink.size(), [&](int i) { shrink<T>(site, p, p.shrink[i], x, x_stride); },
-      (int)p.expand.size(), [&](int i) { expand<T>(site, p, p.expand[i], y, y_stride); });
+      threads, (int)p.shrink.size(), [&](int i) { shrink<T>(site, p, i, x, x_stride); },
+      (int)p.expand.size(), [&](int i) { expand<T>(site, p, i, y, y_stride); });
 }
 
 }  // namespace
