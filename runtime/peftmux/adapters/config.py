@@ -6,7 +6,6 @@ Any other value is honoured, has no effect on what the files compute, or is refu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +95,8 @@ def is_positive_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
+    """Finite, and small enough for float32. (Python compares any integer with a float exactly.)"""
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def is_true(value: Any) -> bool:

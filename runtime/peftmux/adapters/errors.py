@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+_MAX_MESSAGE = 1000
+
 
 class Reason(StrEnum):
     """The ErrorInfo reasons of AdapterInvalid. Clients may depend on them: add, never rename."""
@@ -38,7 +40,14 @@ class Reason(StrEnum):
 
 
 class AdapterError(Exception):
-    """Base of everything that is wrong with an adapter itself."""
+    """Base of everything that is wrong with an adapter itself.
+
+    Messages quote foreign files, so what cannot be printed (or encoded) is escaped and the length is bounded.
+    """
+
+    def __init__(self, message: str) -> None:
+        printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:_MAX_MESSAGE])
+        super().__init__(printable if len(message) <= _MAX_MESSAGE else printable + "...")
 
 
 class AdapterInvalid(AdapterError):

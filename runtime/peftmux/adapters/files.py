@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from peftmux.adapters.tensorfile import TensorIndex, TensorInfo, read_index, rea
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_DEPTH = 16
 MAX_TENSOR_BYTES = 16 << 30
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -44,7 +46,7 @@ class _OpenFile:
     def check_unchanged(self) -> None:
         try:
             now = [_signature(os.fstat(self.fd)), _signature(os.stat(self.path))]
-        except FileNotFoundError:
+        except OSError:
             now = []
         if now != [self.signature] * 2:
             raise AdapterInvalid(Reason.CHANGED_WHILE_LOADING, f"{self.path.name} changed while it was being read")
@@ -109,7 +111,18 @@ def parse_config(raw: bytes) -> dict[str, Any]:
     if not isinstance(config, dict):
         got = type(config).__name__
         raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{CONFIG_FILE}: expected an object, got {got}")
+    if _deeper_than(config, MAX_CONFIG_DEPTH):
+        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{CONFIG_FILE}: expected at most {MAX_CONFIG_DEPTH} levels")
     return config
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    """Whether lists and objects nest deeper, told level by level: nothing after this may recurse without bound."""
+    level = [value]
+    for _ in range(levels):
+        containers = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [inner for container in containers for inner in container]
+    return bool(level)
 
 
 def _open(stack: ExitStack, folder: Path, name: str, inside: Path) -> _OpenFile:
@@ -118,8 +131,10 @@ def _open(stack: ExitStack, folder: Path, name: str, inside: Path) -> _OpenFile:
         raise SourceForbidden(f"{name} is a link that leaves the adapter's folder")
     try:  # O_NONBLOCK: opening a named pipe must not wait for its writer
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except FileNotFoundError:
         _refuse_missing(folder, name)
+    except OSError as error:
+        raise AdapterInvalid(Reason.MISSING_FILE, f"{name}: expected a readable file, got: {error.strerror}") from None
     stack.callback(os.close, fd)
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -129,7 +144,8 @@ def _open(stack: ExitStack, folder: Path, name: str, inside: Path) -> _OpenFile:
 
 def _refuse_missing(folder: Path, name: str) -> NoReturn:
     """Say what is there instead, where that helps: a pickle, or AdapterHub's files."""
-    names = sorted(entry.name for entry, _ in zip(os.scandir(folder), range(_MAX_LISTED), strict=False))
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in islice(entries, _MAX_LISTED))
     pickles = [n for n in names if n.endswith(_PICKLES)]
     if name == TENSOR_FILE and "adapter.safetensors" in names:
         raise AdapterInvalid(

@@ -14,7 +14,7 @@ from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.files import MAX_TENSOR_BYTES, AdapterFiles, open_adapter
 from peftmux.adapters.methods import METHODS
 from peftmux.adapters.methods.registry import Plan, Shapes
-from peftmux.adapters.parts import LoweredAdapter
+from peftmux.adapters.parts import LinearPart, LoweredAdapter
 
 
 def load_adapter(
@@ -34,7 +34,9 @@ def load_adapter(
 def lower(files: AdapterFiles, base: BaseModel) -> LoweredAdapter:
     """The parts of an adapter on `base`. Every tensor is used exactly once. Raises AdapterInvalid with a Reason."""
     plan = plan_adapter(files.config, {name: tuple(t.shape) for name, t in files.tensors.items()}, base)
-    parts = plan.build({name: _finite(name, tensor) for name, tensor in files.tensors.items()})
+    parts = plan.build({name: _finite(f"tensor {name}", tensor) for name, tensor in files.tensors.items()})
+    for site, part in parts.linear.items():
+        _check_derived(site, part)
     return LoweredAdapter(
         kind=plan.kind,
         digest=files.digest,
@@ -71,9 +73,16 @@ def _served() -> str:
     return " or ".join(sorted(METHODS))
 
 
+def _check_derived(site: str, part: LinearPart) -> None:
+    """What lowering computed can overflow, or be divided by a zero norm, where every stored value is finite."""
+    for name, tensor in (("out_scale", part.out_scale), ("bias", part.bias)):
+        if tensor is not None:
+            _finite(f"the {name} that follows for {site}", tensor)
+
+
 def _finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor as finite float32. The smallest and largest value show it: NaN propagates through both."""
     values = tensor.detach().to(device="cpu", dtype=torch.float32)
     if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
-        raise AdapterInvalid(Reason.NOT_FINITE, f"tensor {name}: expected finite values, got NaN or infinity")
+        raise AdapterInvalid(Reason.NOT_FINITE, f"{name}: expected finite float32 values, got NaN or infinity")
     return values

@@ -22,7 +22,7 @@ _PLAIN = re.compile(r"[\w.-]+")
 class PatternMatcher:
     """Matches one config's patterns within one budget of `seconds`."""
 
-    def __init__(self, seconds: float = 1.0) -> None:
+    def __init__(self, seconds: float = 0.5) -> None:
         self._deadline = time.monotonic() + seconds
         self._compiled: dict[str, Any] = {}
 

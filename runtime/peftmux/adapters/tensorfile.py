@@ -21,9 +21,12 @@ from peftmux.adapters.errors import AdapterInvalid, Reason
 MAX_HEADER_BYTES = 4 << 20
 """About 30,000 tensors; a LoRA over every linear layer of an 80-layer model has 1,120."""
 MAX_DIMENSIONS = 8
+MAX_NAME = 512
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ_BYTES = 64 << 20
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""torch.save's zip file, and a bare pickle. As a header length both would be far over the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,14 @@ def read_index(fd: int, file_bytes: int) -> TensorIndex:
     """Read and check the header of an open file of `file_bytes` bytes. Raises AdapterInvalid."""
     if file_bytes < 8:
         raise _malformed(f"expected at least 8 bytes, got {file_bytes}")
-    length = int.from_bytes(_pread(fd, 8, 0), "little")
+    start = _pread(fd, 8, 0)
+    if start.startswith(_PICKLE_STARTS):
+        raise AdapterInvalid(
+            Reason.PICKLE,
+            "adapter_model.safetensors: expected safetensors, got a pickle: convert the folder offline with "
+            "`peftmux adapters convert`",
+        )
+    length = int.from_bytes(start, "little")
     if length > file_bytes - 8:
         raise _malformed(f"the header claims {length} bytes, but only {file_bytes - 8} follow")
     if length > MAX_HEADER_BYTES:
@@ -101,6 +111,8 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def _info(name: str, entry: Any) -> TensorInfo:
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise _malformed(f"expected printable tensor names of 1 to {MAX_NAME} characters, got {name[:40]!r}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _malformed(f"tensor {name!r}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -73,13 +73,14 @@ def _site(name: str, module: nn.Module) -> LinearSite | None:
 def _probe_cache(module: Any) -> tuple[KVShape, ...]:
     """One token through the model in eval mode (checkpointing in training would switch the cache off)."""
     cache = DynamicCache(config=module.config)
-    was_training = module.training
+    training = [m for m in module.modules() if m.training]
     module.eval()
     try:
         device = next(module.parameters()).device
         module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
     finally:
-        module.train(was_training)
+        for m in training:
+            m.training = True
     layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     filled = [(layer.keys, layer.values) for layer in layers]
     return tuple(KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in filled)

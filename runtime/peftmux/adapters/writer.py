@@ -81,6 +81,6 @@ def _plain(value: Any) -> Any:
 
 
 def _bytes(name: str, data: str | bytes) -> bytes:
-    if Path(name).name != name or name in (CONFIG_FILE, TENSOR_FILE, ".", ".."):
+    if Path(name).name != name or name in (CONFIG_FILE, TENSOR_FILE, "", ".", ".."):
         raise ValueError(f"extra file: expected a plain file name other than the adapter's own, got {name!r}")
     return data.encode() if isinstance(data, str) else data

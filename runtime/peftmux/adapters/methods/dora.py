@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel
-from peftmux.adapters.errors import AdapterInvalid, Reason
 
 _ROWS_AT_A_TIME = 1 << 22
 """Weight elements: bounds the float32 copy of a bfloat16 weight to 16 MB."""
@@ -39,9 +38,4 @@ def site_out_scale(base: BaseModel, site: str, a: Tensor, b: Tensor, scale: floa
     rows = max(1, _ROWS_AT_A_TIME // weight.shape[1])
     a, b, magnitude = (t.to(weight.device) for t in (a, b, magnitude))
     pieces = (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
-    out_scale = torch.cat([dora_out_scale(weight[p], a, b[p], scale, magnitude[p]) for p in pieces]).cpu()
-    if not out_scale.isfinite().all():
-        raise AdapterInvalid(
-            Reason.NOT_FINITE, f"{site}: expected a positive norm of W + s BA for every output feature, got a zero"
-        )
-    return out_scale
+    return torch.cat([dora_out_scale(weight[p], a, b[p], scale, magnitude[p]) for p in pieces]).cpu()

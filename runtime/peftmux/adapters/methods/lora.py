@@ -106,10 +106,10 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
         for name in targets.target_sites(fields, present, base, matcher)
     ]
     if fields["bias"] == "all":
-        sites += _plain_biases(base, ledger)
+        sites += _plain_biases(base, {s.site for s in sites}, ledger)
     ledger.close()
-    unset = config.get("target_modules") in (None, False, "", [])
-    warnings = ("target_modules is unset: the sites are those that have tensors",) if unset else ()
+    inferred = fields["target_modules"] is None
+    warnings = ("target_modules is unset: the sites are those that have tensors",) if inferred else ()
     return Plan(_kind(fields), lambda tensors: Parts({s.site: _build(s, tensors, base) for s in sites}), warnings)
 
 
@@ -177,12 +177,12 @@ def _plan_site(site: LinearSite, fields: Mapping[str, Any], ledger: Ledger, matc
     )
 
 
-def _plain_biases(base: BaseModel, ledger: Ledger) -> list[_Site]:
-    """bias="all" also trains the biases of the layers that have no LoRA."""
+def _plain_biases(base: BaseModel, targeted: set[str], ledger: Ledger) -> list[_Site]:
+    """bias="all" also trains, and saves, the biases of the layers that have no LoRA."""
     found = []
     for site in base.linear_sites.values():
-        name = f"{PREFIX}{site.name}.bias"
-        if name in ledger:
+        if site.has_bias and site.name not in targeted:
+            name = f"{PREFIX}{site.name}.bias"
             ledger.claim(name, (site.out_features,))
             found.append(_Site(site.name, 0.0, base_bias=name))
     return found
@@ -197,24 +197,27 @@ def _build(plan: _Site, tensors: Mapping[str, Tensor], base: BaseModel) -> Linea
     """The site's part. Its bias is what must be added for the output to end with the adapter's own base bias."""
     if plan.base_weight:
         _check_copy(plan.site, tensors[plan.base_weight], base)
-    stored = base.bias(plan.site)
-    old = None if stored is None else stored.detach().float().cpu()
-    new = tensors[plan.base_bias] if plan.base_bias else old
-    if plan.a is None or plan.b is None:
-        return LinearPart(bias=_difference(new, old))
-    a, b = tensors[plan.a], tensors[plan.b]
-    if plan.magnitude:
+    a, b = (tensors[name] if name else None for name in (plan.a, plan.b))
+    out_scale = None
+    if plan.magnitude and a is not None and b is not None:
         out_scale = site_out_scale(base, plan.site, a, b, plan.scale, tensors[plan.magnitude])
-        return LinearPart(a, b, plan.scale, out_scale, _difference(new, None if old is None else out_scale * old))
-    bias = _difference(new, old) if plan.base_bias else None
+    bias = _base_bias_change(plan, tensors, base, out_scale)
     if plan.b_bias:
         scaled = plan.scale * tensors[plan.b_bias]
         bias = scaled if bias is None else bias + scaled
-    return LinearPart(a, b, plan.scale, bias=bias)
+    return LinearPart(a, b, plan.scale, out_scale, bias)
 
 
-def _difference(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    return None if new is None or old is None else new - old
+def _base_bias_change(
+    plan: _Site, tensors: Mapping[str, Tensor], base: BaseModel, out_scale: Tensor | None
+) -> Tensor | None:
+    """New base bias minus what the old one has become; None where the bias stays as it is."""
+    old = base.bias(plan.site)
+    if old is None or (out_scale is None and plan.base_bias is None):
+        return None
+    old = old.detach().to(device="cpu", dtype=torch.float32)
+    new = tensors[plan.base_bias] if plan.base_bias else old
+    return new - (old if out_scale is None else out_scale * old)
 
 
 def _check_copy(site: str, copy: Tensor, base: BaseModel) -> None:
