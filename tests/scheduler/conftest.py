@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from zlib import crc32
 
 import pytest
+
 from peftmux.runtime.params import OutputOptions, SamplingParams, TokenLogprob
 from peftmux.runtime.scheduler import NewRow, PrefixBlocks, RowPlan, RowResult, Scheduler, StepPlan, StepResult
 

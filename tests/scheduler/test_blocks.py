@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from peftmux.runtime.scheduler.blocks import BlockPool, IntegrityError
 from peftmux.runtime.scheduler.keys import block_key, root_digest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from peftmux.runtime.errors import AdapterMemoryExhausted, InvalidRequest
 from peftmux.runtime.params import OutputOptions, SamplingParams
 from peftmux.runtime.scheduler import NewRow, RowResult, Scheduler, StepResult

@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
 from peftmux.runtime.errors import AdapterMemoryExhausted, InvalidRequest
 from peftmux.runtime.params import OutputOptions
 from peftmux.runtime.scheduler import PrefixBlocks

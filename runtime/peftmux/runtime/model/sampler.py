@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
 from peftmux.runtime.model.sampling_filters import filtered, is_filtered
 from peftmux.runtime.model.sampling_noise import draw_key, log_exponential
 from peftmux.runtime.model.sampling_penalties import change_logits, changes_logits
 from peftmux.runtime.params import TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan
-from torch import Tensor
 
 Sampled = tuple[int | None, TokenLogprob | None]
 
 _REPORTED_AT_ONCE = 64
 """Rows of prompt logits taken to float32 together: bounds the memory of a long chunk."""
+_NOISE_AT_ONCE, _CPU_NOISE_AT_ONCE = 1 << 24, 1 << 17
+"""Elements of noise made together: bounds memory, and on a CPU keeps a dozen passes inside its second-level cache."""
 
 
 def sample(logits: Tensor, rows: Sequence[RowPlan]) -> list[Sampled]:
@@ -76,16 +79,11 @@ def _report(raw: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogpro
 
 def _choose(raw: Tensor, best: Tensor, rows: Sequence[RowPlan]) -> Tensor:
     """Tokens [R] of a batch where some rows draw or change their logits; `best` [R] is the plain argmax."""
-    best = best.clone()
-    changed = _where(rows, changes_logits)
     scores = raw
-    if changed:
+    if any(changes_logits(row) for row in rows):
         scores = raw.clone()
-        part = _pick(scores, changed)
-        change_logits(part, [rows[i] for i in changed])
-        at = _index(changed, raw)
-        scores[at] = part
-        best[at] = part.max(1).indices
+        change_logits(scores, rows)
+        best = scores.max(1).indices
     for draw, wanted in ((_draw_free, _draws_freely), (_draw_filtered, _draws_filtered)):
         drawn = _where(rows, wanted)
         if drawn:
@@ -109,8 +107,15 @@ def _tempered(scores: Tensor, drawn: Sequence[int], rows: Sequence[RowPlan]) -> 
 
 def _draw_free(scores: Tensor, rows: Sequence[RowPlan]) -> Tensor:
     """Any token of the vocabulary. scores: [R, V], overwritten -> [R]."""
-    ids = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)[None]
-    return scores.sub_(log_exponential(_keys(rows), ids)).max(1).indices
+    vocabulary = scores.shape[1]
+    ids = torch.arange(vocabulary, dtype=torch.int32, device=scores.device)[None]
+    keys = _keys(rows)
+    step = max(1, (_CPU_NOISE_AT_ONCE if scores.device.type == "cpu" else _NOISE_AT_ONCE) // vocabulary)
+    drawn = []
+    for at in range(0, len(keys), step):
+        race = scores[at : at + step].sub_(log_exponential(keys[at : at + step], ids))
+        drawn.append(race.max(1).indices)
+    return torch.cat(drawn)
 
 
 def _draw_filtered(scores: Tensor, rows: Sequence[RowPlan]) -> Tensor:
@@ -118,7 +123,7 @@ def _draw_filtered(scores: Tensor, rows: Sequence[RowPlan]) -> Tensor:
     keys = _keys(rows)
     for at, kept, ids in filtered(scores, [row.sampling for row in rows]):
         race = kept - log_exponential([keys[i] for i in at.tolist()], ids)
-        drawn[at] = ids.gather(1, race.argmax(1, keepdim=True)).squeeze(1).long()
+        drawn[at] = ids.gather(1, race.max(1, keepdim=True).indices).squeeze(1).long()
     return drawn
 
 

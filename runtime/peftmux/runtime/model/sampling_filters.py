@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from math import log
 
 import torch
-from peftmux.runtime.params import SamplingParams
 from torch import Tensor
+
+from peftmux.runtime.params import SamplingParams
 
 _WIDTHS = (64, 1024, 8192)
 """Fixed steps: how far a row has to look is its own affair, never its neighbours'."""
@@ -62,9 +63,8 @@ def _threshold(scores: Tensor, values: Tensor, params: Sequence[SamplingParams])
     mass = values.masked_fill(values < lowest[:, None], float("-inf")).exp_().cumsum(1)
     reached = mass >= wanted[:, None]
     last = values.gather(1, reached.int().argmax(1, keepdim=True)).squeeze(1)
-    # A top_k that lies outside `values` leaves the mass of its survivors unknown.
-    known = reached[:, -1] & torch.tensor(
-        [p.top_p < 1.0 and (k <= width or k == vocabulary) for p, k in zip(params, top_k, strict=True)],
-        device=scores.device,
-    )
-    return torch.where(known, torch.maximum(last, lowest), lowest)
+    # The mass of the survivors is known unless a top_k that lies outside `values` has still to thin them out.
+    unlimited = torch.tensor([k == vocabulary for k in top_k], device=scores.device)
+    known = limited | unlimited | (lowest > values[:, -1])
+    cuts = torch.tensor([p.top_p < 1.0 for p in params], device=scores.device)
+    return torch.where(cuts & known & reached[:, -1], torch.maximum(last, lowest), lowest)

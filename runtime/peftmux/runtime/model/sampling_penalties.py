@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
-from peftmux.runtime.scheduler.plan import RowPlan
 from torch import Tensor
+
+from peftmux.runtime.scheduler.plan import RowPlan
 
 
 def changes_logits(row: RowPlan) -> bool:

@@ -65,6 +65,14 @@ class RowResult:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt tokens named in next_tokens."""
 
+    def answers(self, plan: RowPlan) -> bool:
+        """False: something that the plan asked for is missing, because the row's logits were not finite.
+
+        Such a row has not moved in the scheduler; the engine ends it.
+        """
+        missing = plan.samples and self.token is None
+        return not missing and len(self.prompt_logprobs) == len(plan.next_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:

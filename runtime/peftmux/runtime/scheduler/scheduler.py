@@ -274,8 +274,7 @@ class Scheduler:
         """Take in the step that `plan` returned last.
 
         Returns the results of rows that are still there and have a new token or log-probabilities of prompt tokens; the
-        new tokens are in the rows. A row that samples but got no token (its logits were not finite) has not moved: the
-        engine finishes it.
+        new tokens are in the rows. A row whose result does not answer its plan has not moved: the engine ends it.
         """
         step, self._step = self._step, ()
         assert len(step) == len(result.rows), f"{len(step)} rows planned, {len(result.rows)} results"
@@ -283,7 +282,7 @@ class Scheduler:
         for planned, got in zip(step, result.rows, strict=True):
             assert planned.row == got.row, f"row {planned.row} planned, result of row {got.row}"
             row = self._rows.get(planned.row)
-            if row is None or not row.blocks or (planned.samples and got.token is None):
+            if row is None or not row.blocks or not got.answers(planned):
                 continue
             self._advance(row, planned, got.token)
             if got.token is not None or got.prompt_logprobs:
