@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftmux.adapters.errors import AdapterError, AdapterInvalid, SourceNotFound
@@ -14,7 +14,7 @@ from peftmux.runtime.engine.api import AdapterInfo, AdapterState, ResidencyLevel
 from peftmux.runtime.engine.observer import EngineObserver
 from peftmux.runtime.engine.placement import DevicePlacement, Placed, PreparedAdapter
 from peftmux.runtime.engine.thread import EngineThread
-from peftmux.runtime.errors import AdapterExists, InvalidRequest, RuntimeFailure
+from peftmux.runtime.errors import AdapterExists, Draining, EngineDead, InvalidRequest, RuntimeFailure
 from peftmux.runtime.residency.loader import Loader
 from peftmux.runtime.residency.store import AdapterStore, Entry, Revision
 
@@ -33,6 +33,17 @@ class _Job:
     replace: bool
 
 
+@dataclass(slots=True)
+class _Turn:
+    """One name's turns. Kept while somebody has it or waits for it."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    takers: int = 0
+
+
+Work = Callable[[], Awaitable[AdapterInfo]]
+
+
 class AdapterManager:
     """One load or unload at a time for each name; names do not wait for each other. Lives in the asyncio loop."""
 
@@ -48,8 +59,8 @@ class AdapterManager:
         self._thread = thread
         self._observer = observer
         self.store: AdapterStore[Placed] = AdapterStore(self._remove)
-        self._turns: dict[str, asyncio.Lock] = {}
-        self._background: set[asyncio.Task[AdapterInfo]] = set()
+        self._turns: dict[str, _Turn] = {}
+        self._tasks: set[asyncio.Task[AdapterInfo]] = set()
 
     async def load(
         self, name: str, source: str, *, revision: str, pinned: bool, wait: bool, replace: bool
@@ -63,10 +74,8 @@ class AdapterManager:
         taken = known is not None and known.revision is not None and not replace
         if wait or taken:
             return await self._in_turn(name, lambda: self._load(job, keep_failure=False))
-        entry = known or self.store.begin(name, source)
-        task = asyncio.create_task(self._in_turn(name, lambda: self._load(job, keep_failure=True)))
-        self._background.add(task)
-        task.add_done_callback(self._finished)
+        entry = self.store.begin(name, source)
+        self._start(name, lambda: self._load(job, keep_failure=True))
         return self.info(entry)
 
     async def load_at_start(self, name: str, folder: Path) -> AdapterInfo:
@@ -108,19 +117,33 @@ class AdapterManager:
         )
 
     def close(self) -> None:
+        """Whoever waits for a load or an unload is answered with Draining."""
         self._loader.close()
-        for task in self._background:
+        for task in self._tasks:
             task.cancel()
 
-    async def _in_turn(self, name: str, work: Callable[[], Awaitable[AdapterInfo]]) -> AdapterInfo:
-        lock = self._turns.setdefault(name, asyncio.Lock())
+    async def _in_turn(self, name: str, work: Work) -> AdapterInfo:
+        # a caller that goes away must not leave the work half done
+        return await asyncio.shield(self._start(name, work))
+
+    def _start(self, name: str, work: Work) -> asyncio.Task[AdapterInfo]:
+        task = asyncio.create_task(self._take_turn(name, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    async def _take_turn(self, name: str, work: Work) -> AdapterInfo:
+        turn = self._turns.setdefault(name, _Turn())
+        turn.takers += 1
         try:
-            async with lock:
-                # a caller that goes away must not leave the work half done
-                return await asyncio.shield(work())
+            async with turn.lock:
+                return await work()
+        except asyncio.CancelledError:
+            raise Draining("the server is shutting down") from None
         finally:
-            if not lock.locked():
-                self._turns.pop(name, None)
+            turn.takers -= 1
+            if not turn.takers:
+                del self._turns[name]
 
     async def _load(self, job: _Job, keep_failure: bool) -> AdapterInfo:
         entry = self.store.begin(job.name, job.source)
@@ -131,7 +154,7 @@ class AdapterManager:
         except (AdapterError, RuntimeFailure) as error:
             self.store.fail(entry, str(error), keep_failure)
             raise
-        except Exception:
+        except BaseException:
             self.store.fail(entry, "internal error", keep_failure)
             raise
 
@@ -167,10 +190,10 @@ class AdapterManager:
 
     async def _unload(self, name: str, wait: bool) -> AdapterInfo:
         entry = self.store.unload(name)
-        if wait and not entry.removed.is_set():
-            await asyncio.to_thread(entry.removed.wait)
+        if wait:
+            await asyncio.wrap_future(entry.removed)
         info = self.info(entry)
-        return _unloaded(info) if entry.removed.is_set() else info
+        return _unloaded(info) if entry.removed.done() else info
 
     def _remove(self, revision: Revision[Placed]) -> None:
         """Called by the store, in any thread, for a retired revision without users."""
@@ -179,10 +202,13 @@ class AdapterManager:
             self._placement.remove(revision.placement)
             self.store.forget(revision)
 
-        self._thread.post(remove)
+        try:
+            self._thread.post(remove)
+        except EngineDead:  # and the device's memory with it
+            self.store.forget(revision)
 
     def _finished(self, task: asyncio.Task[AdapterInfo]) -> None:
-        self._background.discard(task)
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # shown by GetAdapter; read here so that asyncio does not complain
 

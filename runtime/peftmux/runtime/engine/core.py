@@ -137,7 +137,7 @@ class EngineCore:
 
     def _update(self, plan: StepPlan, result: StepResult, now: float) -> None:
         for planned, got in zip(plan.rows, result.rows, strict=True):
-            if planned.samples and got.token is None:
+            if not got.answers(planned):
                 error = NotFinite("the model's logits for this request are not finite; it was ended")
                 self.abort(planned.row, error)
         for row in self.scheduler.update(result):

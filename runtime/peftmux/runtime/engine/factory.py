@@ -71,8 +71,12 @@ async def start_engine(config: EngineConfig, observer: EngineObserver) -> LocalE
         load_model, config.model, device=device, dtype=dtype, context_length=config.context_length
     )
     engine = build_engine(model, config, observer)
-    for name, folder in config.adapters:
-        await engine.load_at_start(name, folder)
+    try:
+        for name, folder in config.adapters:
+            await engine.load_at_start(name, folder)
+    except BaseException:
+        await engine.drain(0.0)
+        raise
     return engine
 
 

@@ -6,17 +6,19 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from peftmux.runtime.engine.adapters import AdapterManager
 from peftmux.runtime.engine.api import AdapterInfo, Delta, EngineStats, GenerationRequest, ModelInfo
+from peftmux.runtime.engine.checks import check_request
 from peftmux.runtime.engine.core import Deliveries, EngineCore, max_new_tokens
 from peftmux.runtime.engine.mailbox import Mailbox
 from peftmux.runtime.engine.placement import Placed
 from peftmux.runtime.engine.request import ActiveRequest
 from peftmux.runtime.engine.text import Text
 from peftmux.runtime.engine.thread import EngineThread
-from peftmux.runtime.errors import DeadlineExceeded, Draining, InvalidRequest
+from peftmux.runtime.errors import DeadlineExceeded, Draining, EngineDead
 from peftmux.runtime.residency.store import Revision
 
 _POLL_SECONDS = 0.02
@@ -62,10 +64,12 @@ class LocalEngine:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         if self._draining:
             raise Draining("the server is shutting down")
+        check_request(request, self._info)
         revision = self._adapters.store.acquire(request.adapter) if request.adapter else None
         mailbox = Mailbox()
         try:
             active = self._activate(request, revision, mailbox)
+            self._thread.post(lambda: self._core.add(active))
         except BaseException:
             if revision is not None:
                 self._adapters.store.release(revision)
@@ -73,7 +77,6 @@ class LocalEngine:
         self._open += 1
         done = False
         try:
-            self._thread.post(lambda: self._core.add(active))
             while not done:
                 delta = await mailbox.get()
                 done = delta.finish_reason is not None
@@ -83,8 +86,9 @@ class LocalEngine:
             raise
         finally:
             self._open -= 1
-            if not done and self._thread.healthy:
-                self._thread.post(lambda: self._core.abort(active.id))
+            if not done:
+                with suppress(EngineDead):  # then nothing is left to free
+                    self._thread.post(lambda: self._core.abort(active.id))
 
     async def load_adapter(
         self,
@@ -147,8 +151,6 @@ class LocalEngine:
     def _activate(
         self, request: GenerationRequest, revision: Revision[Placed] | None, mailbox: Mailbox
     ) -> ActiveRequest:
-        if not request.prompt:
-            raise InvalidRequest("input", "expected at least one prompt token, got none")
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline has passed before the request could start")
         prefix = revision.placement.prefix if revision else None

@@ -31,6 +31,8 @@ class EngineThread:
         self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._stopping = False
         self._dead = False
+        self._posting = threading.Lock()
+        """Held to put a call and to die, so that no call is put that nobody would make."""
         self._step_started: float | None = None
         self._thread = threading.Thread(target=self._run, name="peftmux-engine", daemon=True)
 
@@ -45,9 +47,10 @@ class EngineThread:
 
     def post(self, call: Callable[[], object]) -> None:
         """Run `call` in the engine's thread before its next step. EngineDead where it has stopped."""
-        if self._dead:
-            raise EngineDead("the engine has stopped")
-        self._calls.put(call)
+        with self._posting:
+            if self._dead:
+                raise EngineDead("the engine has stopped")
+            self._calls.put(call)
 
     def ask(self, call: Callable[[], T]) -> Future[T]:
         """As `post`, with the answer."""
@@ -79,10 +82,12 @@ class EngineThread:
                 self._turn()
         except Exception:
             logger.critical("the engine has failed", exc_info=True)
-        self._dead = True
-        self._core.abort_all(EngineDead("the engine has stopped"))
-        self._answer_calls()
-        self._publish()
+        finally:
+            with self._posting:
+                self._dead = True
+            self._answer_calls()
+            self._core.abort_all(EngineDead("the engine has stopped"))
+            self._publish()
 
     def _turn(self) -> None:
         if not self._core.busy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
@@ -55,7 +56,15 @@ class Entry(Generic[Placement]):
     weight: float = 1.0
     error: str = ""
     load_seconds: float = 0.0
-    removed: threading.Event = field(default_factory=threading.Event)
+    removed: Future[None] = field(default_factory=lambda: _uncancellable())
+    """Done when an unloaded adapter's memory is free."""
+
+
+def _uncancellable() -> Future[None]:
+    """Whoever stops waiting for it must not stop it for the others."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 class AdapterStore(Generic[Placement]):
@@ -108,11 +117,16 @@ class AdapterStore(Generic[Placement]):
             self._remove(revision)
 
     def begin(self, name: str, source: str) -> Entry[Placement]:
-        """A load starts. A name that is new (or had failed) is visible as LOADING from now on."""
+        """A load starts. A name that is new (or had failed) is visible as LOADING from now on.
+
+        Draining for a name that is being unloaded: it is free again when its last request has ended.
+        """
         with self._lock:
             entry = self._entries.get(name)
-            if entry is None or entry.revision is None:
+            if entry is None or entry.state is State.FAILED:
                 entry = self._entries[name] = Entry(name, State.LOADING, source)
+            if entry.state is State.DRAINING:
+                raise Draining(f"adapter {name!r} is being unloaded")
             return entry
 
     def publish(self, entry: Entry[Placement], revision: Revision[Placement], source: str, seconds: float) -> None:
@@ -135,7 +149,7 @@ class AdapterStore(Generic[Placement]):
                 self._entries.pop(entry.name, None)
 
     def unload(self, name: str) -> Entry[Placement]:
-        """No new requests. `removed` is set by `forget` when the last one has left and the memory is free."""
+        """No new requests. `removed` is done by `forget` when the last one has left and the memory is free."""
         with self._lock:
             entry = self._entry(name)
             if entry.state is State.DRAINING:
@@ -157,7 +171,7 @@ class AdapterStore(Generic[Placement]):
 
     def _forget(self, entry: Entry[Placement]) -> None:
         self._entries.pop(entry.name, None)
-        entry.removed.set()
+        entry.removed.set_result(None)
 
     def _retire(self, revision: Revision[Placement] | None) -> Revision[Placement] | None:
         """The revision, if nobody uses it and it can go at once."""

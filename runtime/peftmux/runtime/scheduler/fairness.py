@@ -32,9 +32,9 @@ class FairQueue:
         return len(self._entries) + len(self._resumed)
 
     def counts(self) -> dict[str, int]:
-        """Waiting rows by fairness key."""
-        counts = {key: len(entries) for key, entries in self._by_key.items()}
-        for _, row in self._resumed:
+        """Waiting rows by fairness key. Other threads may ask: `list` copies in one step of the interpreter."""
+        counts = {key: len(entries) for key, entries in list(self._by_key.items())}
+        for _, row in list(self._resumed):
             counts[row.new.fairness_key] = counts.get(row.new.fairness_key, 0) + 1
         return counts
 
