@@ -1,0 +1,183 @@
+"""`peftmux adapters ACTION`: adapters on a running server, and folders offline."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from peftmux.cli.connection import add_connection, connected
+from peftmux.cli.errors import CommandError
+from peftmux.cli.settings import Settings
+
+if TYPE_CHECKING:
+    from peftmux.adapters.parts import LoweredAdapter
+    from peftmux.client import Adapter
+
+_COLUMNS = ("name", "kind", "state", "residency", "rank", "bytes", "in flight", "revision", "source")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser, settings = build_parser()
+    args = parser.parse_args(argv)
+    settings[args.action].resolve(args, os.environ)
+    if args.action == "inspect" and args.model is None:
+        parser.error("expected --model MODEL, got none")
+    _ACTIONS[args.action](args)
+    return 0
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, Settings]]:
+    """The parser, and the settings of each action."""
+    parser = argparse.ArgumentParser(prog="peftmux adapters", description="Adapters on a running server, and offline.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    settings = {}
+    for name, text in _TEXTS.items():
+        settings[name] = Settings(actions.add_parser(name, help=text, description=text.capitalize() + "."))
+        if name != "list":
+            metavar, what = ("PATH", "the adapter's folder") if name == "inspect" else ("NAME", "the adapter's name")
+            settings[name].add(metavar.lower(), metavar=metavar, help=what)
+    load = settings["load"]
+    load.add("source", metavar="SOURCE", help="its folder, under the server's adapter root")
+    load.add("--revision", metavar="DIGEST", default="", help="refuse other content than this")
+    load.add("--pinned", action="store_true", default=False, help="never make room by moving it away")
+    load.add("--replace", action="store_true", default=False, help="other content becomes the name's new revision")
+    for name in ("load", "unload"):
+        settings[name].add("--wait", action=argparse.BooleanOptionalAction, default=True, help="return when it is done")
+    settings["inspect"].add("--model", metavar="MODEL", help="the base model, a folder or a hub id")
+    for name, options in settings.items():
+        options.add("--json", action="store_true", default=False, help="print JSON")
+        if name != "inspect":
+            add_connection(options)
+    return parser, settings
+
+
+def _load(args: argparse.Namespace) -> None:
+    with connected(args) as client:
+        adapter = client.load_adapter(
+            args.name,
+            args.source,
+            revision=args.revision,
+            pinned=args.pinned,
+            wait=args.wait,
+            replace=args.replace,
+        )
+    _show([adapter], args.json)
+
+
+def _unload(args: argparse.Namespace) -> None:
+    with connected(args) as client:
+        adapter = client.unload_adapter(args.name, wait=args.wait)
+    _show([adapter], args.json)
+
+
+def _get(args: argparse.Namespace) -> None:
+    with connected(args) as client:
+        adapter = client.get_adapter(args.name)
+    fields = dataclasses.asdict(adapter)
+    print(_json(fields) if args.json else _lines(fields))
+
+
+def _list(args: argparse.Namespace) -> None:
+    with connected(args) as client:
+        adapters = client.list_adapters()
+    _show(adapters, args.json)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    fields = _describe(_lower(args.path, args.model))
+    print(_json(fields) if args.json else _lines(fields))
+
+
+def _lower(path: str, model: str) -> LoweredAdapter:
+    """Read and lower the folder exactly as a server of `model` would."""
+    from peftmux.adapters.errors import AdapterError, AdapterInvalid
+    from peftmux.adapters.lower import load_adapter
+    from peftmux.adapters.torch_base import TorchBase
+    from transformers import AutoModelForCausalLM
+
+    try:
+        module = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot load the base model {model!r}: {error}") from error
+    try:
+        return load_adapter(path, TorchBase(module))
+    except AdapterInvalid as error:
+        raise CommandError(f"{error.reason}: {error}") from error
+    except AdapterError as error:
+        raise CommandError(str(error)) from error
+
+
+def _describe(adapter: LoweredAdapter) -> dict[str, Any]:
+    low, high = adapter.ranks
+    return {
+        "kind": adapter.kind,
+        "revision": adapter.digest,
+        "min_rank": low,
+        "max_rank": high,
+        "virtual_tokens": adapter.prefix.length if adapter.prefix else 0,
+        "applied_sites": adapter.applied_sites,
+        "tensors": adapter.tensors,
+        "parameters": adapter.parameters,
+        "warnings": list(adapter.warnings),
+        "sites": sorted(adapter.linear),
+    }
+
+
+def _show(adapters: Iterable[Adapter], as_json: bool) -> None:
+    if as_json:
+        print(_json([dataclasses.asdict(adapter) for adapter in adapters]))
+        return
+    rows = [_COLUMNS, *map(_row, adapters)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _row(adapter: Adapter) -> tuple[str, ...]:
+    rank = str(adapter.max_rank) if adapter.min_rank == adapter.max_rank else f"{adapter.min_rank}-{adapter.max_rank}"
+    return (
+        adapter.name,
+        adapter.kind or "-",
+        adapter.state.value if adapter.state else "-",
+        adapter.residency.value if adapter.residency else "-",
+        rank,
+        str(adapter.bytes),
+        str(adapter.requests_in_flight),
+        adapter.revision[:12] or "-",
+        adapter.source + (f"  {adapter.error}" if adapter.error else ""),
+    )
+
+
+def _lines(fields: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name:<20}{_text(value)}".rstrip() for name, value in fields.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)}" + "".join(f"\n  {item}" for item in value)
+    return str(value.value if isinstance(value, Enum) else value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=lambda item: item.value, ensure_ascii=False)
+
+
+_TEXTS = {
+    "load": "load an adapter from the server's adapter root",
+    "unload": "unload an adapter",
+    "list": "every adapter of the server",
+    "get": "all there is to know of one adapter",
+    "inspect": "check a folder against a base model, offline, exactly as a server would",
+}
+_ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "load": _load,
+    "unload": _unload,
+    "list": _list,
+    "get": _get,
+    "inspect": _inspect,
+}
