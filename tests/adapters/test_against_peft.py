@@ -42,8 +42,17 @@ MODELS: dict[str, Any] = {
     "phi3": lambda: transformers.Phi3Config(**GQA, **TINY),
     "qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=16, tie_word_embeddings=True, **TINY),
     "qwen2": lambda: transformers.Qwen2Config(**GQA, **TINY),
+    "mistral": lambda: transformers.MistralConfig(**GQA, head_dim=8, sliding_window=6, **TINY),
+    "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4, **TINY),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **TINY
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **GQA, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"], **TINY
+    ),
     "gemma2": lambda: transformers.Gemma2Config(**GQA, head_dim=8, **TINY),
 }
+MIXTURES = {"mixtral", "qwen3_moe"}
 
 
 def make_model(name: str) -> Any:
@@ -87,7 +96,7 @@ def lora(**fields: Any) -> Any:
     return peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **fields})
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - MIXTURES))
 @pytest.mark.parametrize(
     "fields",
     [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}],
@@ -98,6 +107,23 @@ def test_every_linear_layer(name, fields, tmp_path, adapted_logits):
     adapter = check(name, lora(target_modules="all-linear", **fields), tmp_path, adapted_logits)
     assert "lm_head" not in adapter.linear
     assert adapter.applied_sites == len(TorchBase(make_model(name)).linear_sites) - 1
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_attention_of_mixtures(name, use_dora, tmp_path, adapted_logits):
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapter = check(name, lora(target_modules=targets, use_dora=use_dora), tmp_path, adapted_logits)
+    assert adapter.applied_sites == 8
+
+
+@pytest.mark.parametrize("name", sorted(MIXTURES))
+def test_experts_are_refused(name, tmp_path):
+    """PEFT's "all-linear" reaches the experts' three-dimensional weights, which have no site yet."""
+    peft.get_peft_model(make_model(name), lora(target_modules="all-linear")).save_pretrained(tmp_path)
+    with pytest.raises(AdapterInvalid, match="field target_parameters") as refusal:
+        load_adapter(tmp_path, TorchBase(make_model(name)))
+    assert refusal.value.reason == "UNSUPPORTED_FIELD"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -39,7 +39,8 @@ def target_sites(
     for site in chosen:
         if site not in base.linear_sites:
             raise AdapterInvalid(
-                Reason.UNSUPPORTED_SITE, f"field target_modules names {site}, which is not a linear layer: not served"
+                Reason.UNSUPPORTED_SITE,
+                f"field target_modules: expected linear layers that are served in {base.architecture}, got {site}",
             )
     if not chosen:
         raise AdapterInvalid(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
 
-MAX_HEADER_BYTES = 4 << 20
-"""About 30,000 tensors; a LoRA over every linear layer of an 80-layer model has 1,120."""
+MAX_HEADER_BYTES = 2 << 20
+"""About 15,000 tensors; a DoRA over every linear layer of an 80-layer model has 1,680. Bounds what parsing can take."""
 MAX_DIMENSIONS = 8
 MAX_NAME = 512
 

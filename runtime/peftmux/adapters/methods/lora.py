@@ -138,7 +138,7 @@ def _present_sites(shapes: Shapes, base: BaseModel) -> set[str]:
             known = site in base.module_names
             raise AdapterInvalid(
                 Reason.UNSUPPORTED_SITE if known else Reason.UNKNOWN_SITE,
-                f"tensor {name}: expected a linear layer of {base.architecture}, but {site} is "
+                f"tensor {name}: expected a linear layer that is served in {base.architecture}, but {site} is "
                 + ("another kind of module" if known else "not in this base"),
             )
         if suffix.startswith(".lora_"):
