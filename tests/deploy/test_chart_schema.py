@@ -66,6 +66,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "absolute adapter path": ("adapters: {preload: {a: /etc}}", "preload"),
     "adapter name": ("adapters: {preload: {'a,b': x}}", "a,b"),
     "a flag that the chart sets": ("extraArgs: ['--grpc=0.0.0.0:1']", "extraArgs"),
+    "TLS, which the probes lack": ("extraArgs: [--tls-cert-path, /x]", "extraArgs"),
     "a bare number as size": ("cacheSize: 20", "cacheSize"),
     "a label that selects": ("podLabels: {app.kubernetes.io/name: other}", "app.kubernetes.io/name"),
     "service type": ("service: {type: ExternalName}", "type"),

@@ -50,6 +50,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - {{ .Values.device }}
 - --grace-seconds
 - {{ .Values.shutdown.grace | quote }}
+{{- if .Values.auth.existingSecret }}
+- --auth-tokens
+- {{ printf "/run/secrets/peftmux/%s" .Values.auth.key | quote }}
+{{- end }}
 {{- range $name, $path := .Values.adapters.preload }}
 - --adapter
 - {{ printf "%s=%s" $name $path | quote }}
