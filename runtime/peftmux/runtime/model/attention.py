@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peftmux.kernels.attention import AttentionPath, write_kv
+from peftmux.kernels.attention import AttentionPath
 from peftmux.runtime.model.step import StepState
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -45,9 +45,9 @@ def paged_attention_forward(
     layer: PagedLayer = module.paged  # type: ignore[assignment]
     step = layer.step.inputs
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D]
-    write_kv(k, v, layer.k_cache, layer.v_cache, step.slots)
+    layer.path.write_kv(k, v, layer.k_cache, layer.v_cache, step.slots)
     out = layer.path.attend(
-        q.contiguous(),
+        q,
         layer.k_cache,
         layer.v_cache,
         step.rows,

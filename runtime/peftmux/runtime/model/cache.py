@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from peftmux.adapters.base import KVShape
 from peftmux.adapters.parts import KVPrefix
-from peftmux.kernels.attention import choose_attention, copy_blocks, write_kv
+from peftmux.kernels.attention import choose_attention, copy_blocks
 from peftmux.runtime.model.attention import PagedLayer
 from peftmux.runtime.model.load import LoadedModel
 from torch import Tensor
@@ -46,7 +46,7 @@ class PagedCache:
         slots = self.slots(blocks, 0, prefix.length)
         for layer, k, v in zip(self._layers, prefix.keys, prefix.values, strict=True):
             index = torch.tensor(slots, device=layer.k_cache.device)
-            write_kv(_like(k, layer.k_cache), _like(v, layer.v_cache), layer.k_cache, layer.v_cache, index)
+            layer.path.write_kv(_like(k, layer.k_cache), _like(v, layer.v_cache), layer.k_cache, layer.v_cache, index)
 
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> list[int]:
         """Where positions start .. stop - 1 of a row with these blocks lie in the flattened cache."""
