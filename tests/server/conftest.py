@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
+
 from peftmux.runtime.engine.api import (
     AdapterInfo,
     AdapterState,
@@ -60,6 +61,7 @@ class FakeEngine:
         self.adapters: dict[str, AdapterInfo] = {}
         self.loads: list[tuple[str, str, dict[str, Any]]] = []
         self.waiting: dict[str, int] = {}
+        self.running: dict[str, int] = {}
         self._draining = False
         self._closing = False
 
@@ -135,7 +137,7 @@ class FakeEngine:
             waiting=sum(self.waiting.values()),
             kv_cache_usage=0.25,
             adapters=tuple(self.adapters.values()),
-            running_by_adapter={},
+            running_by_adapter=self.running,
             waiting_by_adapter=self.waiting,
             healthy=self.healthy,
         )

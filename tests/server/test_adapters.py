@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import grpc
 import pytest
+
 from peftmux.adapters import errors as adapters
 from peftmux.runtime import errors as runtime
 from peftmux.runtime.engine.api import AdapterState, ResidencyLevel
 from peftmux.runtime.server import responses
 from peftmux.v1 import adapters_pb2 as pb
-
 from tests.server.conftest import Served, adapter_info, answer_of
 
 CODE = grpc.StatusCode

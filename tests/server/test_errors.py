@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from peftmux.adapters import errors as adapters
 from peftmux.runtime import errors as runtime
 from peftmux.runtime.server.errors import TABLE, InvalidFields, MalformedRequest, NotOffered, RequestRefused, describe

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+
 from peftmux.runtime.engine.api import ModelInfo
 from peftmux.runtime.server.errors import InvalidFields, NotOffered
 from peftmux.runtime.server.requests import Checks, check_generation, check_lengths, check_name

@@ -95,10 +95,11 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _lower(path: str, model: str) -> LoweredAdapter:
     """Read and lower the folder exactly as a server of `model` would."""
+    from transformers import AutoModelForCausalLM
+
     from peftmux.adapters.errors import AdapterError, AdapterInvalid
     from peftmux.adapters.lower import load_adapter
     from peftmux.adapters.torch_base import TorchBase
-    from transformers import AutoModelForCausalLM
 
     try:
         module = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)

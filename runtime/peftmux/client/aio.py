@@ -9,6 +9,7 @@ from typing import Any, Self, Unpack
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+
 from peftmux.client import messages, wire
 from peftmux.client.errors import RpcError, Unavailable, translate
 from peftmux.client.types import Adapter, Chunk, GenerateOptions, Generation, Model, Prompt, Tokens

@@ -8,6 +8,7 @@ from typing import Any, Self, Unpack
 
 import grpc
 from google.protobuf.message import Message
+
 from peftmux.client import messages, wire
 from peftmux.client.errors import RpcError, Unavailable, translate
 from peftmux.client.types import Adapter, Chunk, GenerateOptions, Generation, Model, Prompt, Tokens

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
+
 from peftmux.client.errors import RpcError
 from peftmux.v1 import adapters_pb2, inference_pb2
 

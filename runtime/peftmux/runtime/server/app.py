@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc.aio
+from prometheus_client import CollectorRegistry
+
 from peftmux.runtime.engine.api import AsyncEngine, EngineStats
 from peftmux.runtime.server.adapters import AdapterService
 from peftmux.runtime.server.auth import TokenInterceptor, Tokens
@@ -20,7 +22,6 @@ from peftmux.runtime.server.pace import Pace
 from peftmux.runtime.server.scrape import EngineCollector, MetricsPort
 from peftmux.runtime.server.tls import TlsFiles
 from peftmux.v1 import adapters_pb2, inference_pb2
-from prometheus_client import CollectorRegistry
 
 if TYPE_CHECKING:
     from peftmux.runtime.server.standard import Health

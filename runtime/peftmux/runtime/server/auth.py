@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+
 from peftmux.runtime.server.errors import Unauthenticated, describe
 from peftmux.runtime.server.metrics import RpcMetrics
 from peftmux.runtime.server.status import abort

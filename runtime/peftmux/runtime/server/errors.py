@@ -16,6 +16,7 @@ import secrets
 from dataclasses import dataclass
 
 import grpc
+
 from peftmux.adapters import errors as adapters
 from peftmux.runtime import errors as runtime
 

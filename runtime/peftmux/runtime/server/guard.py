@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+
 from peftmux.runtime.errors import Draining
 from peftmux.runtime.server.errors import MalformedRequest, describe
 from peftmux.runtime.server.metrics import RpcMetrics

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
 from wsgiref.simple_server import WSGIServer
 
-from peftmux.runtime.engine.api import AdapterInfo, AdapterState, EngineStats, ResidencyLevel
-from peftmux.runtime.server.metrics import OTHER, AdapterTokens
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from peftmux.runtime.engine.api import AdapterInfo, AdapterState, EngineStats, ResidencyLevel
+from peftmux.runtime.server.metrics import OTHER, AdapterTokens
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class EngineCollector(Collector):
         yield from _gauges(stats)
         yield self._adapter_loaded(stats)
         yield self._adapter_tokens()
+        yield self._running(stats)
         yield self._lora_info(stats)
 
     def _adapter_loaded(self, stats: EngineStats) -> Metric:
@@ -68,6 +70,17 @@ class EngineCollector(Collector):
         )
         for name, kind, count in self._tokens.samples():
             family.add_metric([name, kind], count)
+        return family
+
+    def _running(self, stats: EngineStats) -> Metric:
+        family = GaugeMetricFamily(
+            "peftmux_adapter_requests_running", "Requests in the batch, '' being the base's.", labels=["adapter"]
+        )
+        busiest = sorted(stats.running_by_adapter.items(), key=lambda item: (-item[1], item[0]))
+        for name, count in busiest[: self._adapter_labels]:
+            family.add_metric([name], count)
+        if rest := sum(count for _, count in busiest[self._adapter_labels :]):
+            family.add_metric([OTHER], rest)
         return family
 
     def _lora_info(self, stats: EngineStats) -> Metric:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from peftmux.runtime.engine.api import AsyncEngine
 
 logger = logging.getLogger(__name__)

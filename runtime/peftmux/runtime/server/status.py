@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import NoReturn, TypeVar
 
 import grpc.aio
+
 from peftmux.runtime.server.errors import Failure, Violation
 
 DETAILS_KEY = "grpc-status-details-bin"
