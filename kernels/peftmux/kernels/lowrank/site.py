@@ -81,4 +81,6 @@ class LowRankSite:
                 f"expected y [T, {self.out_features}] and x [T, {self.in_features}] in {self.dtype}, "
                 f"got {tuple(y.shape)} in {y.dtype} and {tuple(x.shape)} in {x.dtype}"
             )
+        if x.shape[0] < segments.num_tokens:
+            raise ValueError(f"expected at least {segments.num_tokens} rows, got {x.shape[0]}")
         self._path.apply(y, x, segments)

@@ -98,13 +98,19 @@ def status() -> Status:
             raise BuildError("PEFTMUX_NATIVE=0")
         if level is None:
             raise BuildError("this CPU has none of the supported instruction sets (AVX2 or better)")
-        path = _find_or_compile(level)
+        path = find_or_compile(level)
         return Status(Library(path), level.name, str(path), "")
     except (BuildError, OSError, AttributeError) as error:
         return Status(None, level.name if level else "", "", str(error))
 
 
-def _find_or_compile(level: Level) -> Path:
+def open_level(level: Level) -> Library:
+    """The library of one level, which this CPU must be able to run. Raises BuildError or OSError."""
+    return Library(find_or_compile(level))
+
+
+def find_or_compile(level: Level) -> Path:
+    """Beside the package, else in the user's cache, else compiled there."""
     if (ready := prebuilt_path(level)).exists():
         return ready
     compiler = find_compiler()
