@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from peftmux.demo.recipes import Recipe, write_rows
 from peftmux.demo.show import Screen, bar
 from peftmux.trainer import train
-from transformers import TrainerCallback
 
 
 class ProgressLine(TrainerCallback):

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
 from peftmux.demo import BASE
 from peftmux.demo.corpus import Document, documents
 from peftmux.demo.tokenizer import START, build_tokenizer
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 STEPS, DOCUMENTS_PER_STEP, LEARNING_RATE = 2400, 48, 3e-3
 TOKENIZER_DOCUMENTS = 20_000
@@ -106,7 +107,7 @@ def backward(model: Qwen2ForCausalLM, batch: Sequence[Encoded], pad: int) -> flo
             logits.transpose(1, 2), targets[:, 1:], ignore_index=IGNORED, reduction="none"
         )
         part = (losses * weights).sum() / total
-        part.backward()  # type: ignore[no-untyped-call]
+        part.backward()
         loss += part.item()
     return loss
 
