@@ -1,0 +1,65 @@
+"""The adapters that PEFT saved, with the logits and greedy tokens that PEFT itself computed for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.engine.harness import FIXTURES
+
+REFUSED = {
+    "llama": {
+        "ia3",
+        "lora.seq_cls",
+        "lora_alora",
+        "lora_bdlora",
+        "lora_dora_embed",
+        "lora_embed",
+        "lora_embed_lmhead",
+        "lora_modules_to_save",
+        "lora_trainable_tokens",
+        "prefix.seq_cls",
+        "prompt_random",
+    },
+    "qwen2": set[str](),
+}
+"""Folders of kinds that are not served, or not by this kind of base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Row `row` of one folder's expected values."""
+
+    base: str
+    folder: str
+    row: int
+    ids: list[int]
+    logprobs: Tensor
+    """[T, V] float32."""
+    greedy: list[int]
+
+    def __str__(self) -> str:
+        return f"{self.folder}[{self.row}]"
+
+
+def folders(base: str, *, half: bool = False) -> list[str]:
+    """Of every LoRA, DoRA and prefix adapter that must be served; `half`: those made on a bfloat16 base."""
+    found = {path.name for path in (FIXTURES / "peft" / base).iterdir()} - REFUSED[base]
+    return sorted(name for name in found if name.endswith(".bf16base") is half)
+
+
+def cases(base: str, *, half: bool = False) -> list[Case]:
+    return [case for folder in folders(base, half=half) for case in _cases(base, folder)]
+
+
+def _cases(base: str, folder: str) -> list[Case]:
+    expected = load_file(Path(FIXTURES, "peft", base, folder, "expected.safetensors"))
+    return [
+        Case(base, folder, row, ids.tolist(), logits.float().log_softmax(-1), greedy.tolist())
+        for row, (ids, logits, greedy) in enumerate(
+            zip(expected["input_ids"], expected["logits"], expected["greedy_ids"], strict=True)
+        )
+    ]
