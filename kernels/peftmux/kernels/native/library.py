@@ -36,6 +36,12 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         *(c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
         *(c_int32, c_int32, c_int32),
     ),
+    "peftmux_rms_norm": (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_float, c_int32),
+    "peftmux_swiglu": (c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int32),
+    "peftmux_rotate": (
+        *(c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64),
+        *(c_int32, c_int32, c_int32),
+    ),
     "peftmux_lowrank": (c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int32, c_int32),
 }
 """As the extern "C" functions of src/; each exists with the suffixes of _SUFFIXES."""

@@ -1,0 +1,35 @@
+"""Row-wise operators: the definitions, computed in float32 and rounded once. Other forms are tested against them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019, arXiv 1910.07467).
+
+    x: [..., D], weight: [D] -> [..., D].
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, 2020, arXiv 2002.05202). gate_up: [..., 2 I], the gate first -> [..., I]."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x in place: RoPE (Su et al., 2021, arXiv 2104.09864) on halves, of the first R elements of each head.
+
+    x: [T, H, D], cos and sin: [T, R], R <= D even: (x1, x2) -> (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), where 1 and 2
+    are the first and second half of R. Returns x.
+    """
+    turned = cos.shape[-1]
+    c, s = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    first, second = x[..., :turned].float().chunk(2, -1)
+    x[..., :turned] = x[..., :turned].float() * c + torch.cat([-second, first], -1) * s
+    return x
