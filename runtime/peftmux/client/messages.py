@@ -82,9 +82,8 @@ def _input(prompt: Prompt) -> dict[str, Any]:
         return {"chat": inference_pb2.ChatMessages(messages=messages)}
     if all(isinstance(item, int) for item in prompt):
         return {"token_ids": inference_pb2.TokenIds(ids=cast(Sequence[int], prompt))}
-    raise TypeError(
-        f"expected a prompt of str, token ids or ChatMessage values, got items of {type(prompt[0]).__name__}"
-    )
+    kinds = ", ".join(sorted({type(item).__name__ for item in prompt}))
+    raise TypeError(f"expected a prompt of str, token ids or ChatMessage values, got a sequence of {kinds}")
 
 
 def _only(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
