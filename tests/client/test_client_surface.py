@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from typing import Any
 
 import peftmux.client
 from peftmux.client import AsyncClient, Client
@@ -71,7 +72,11 @@ def test_both_clients_have_the_same_methods():
 def test_options_are_the_contracts_fields():
     request = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
     groups = {"sampling": SAMPLING, "stopping": STOPPING, "output": OUTPUT}
-    messages = (inference_pb2.SamplingParams, inference_pb2.StoppingParams, inference_pb2.OutputOptions)
+    messages: tuple[Any, ...] = (
+        inference_pb2.SamplingParams,
+        inference_pb2.StoppingParams,
+        inference_pb2.OutputOptions,
+    )
     for names, message in zip(groups.values(), messages, strict=True):
         assert set(names) == set(message.DESCRIPTOR.fields_by_name)
     assert set(GenerateOptions.__annotations__) == {*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, "timeout"}
