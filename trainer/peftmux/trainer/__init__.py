@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from peftmux.trainer.errors import DataError, OptionError, TrainerError
 
 if TYPE_CHECKING:
-    from peftmux.trainer.loop import TrainResult
     from transformers import TrainerCallback
+
+    from peftmux.trainer.loop import TrainResult
 
 __all__ = ["DataError", "OptionError", "TrainerError", "train"]
 
@@ -32,7 +33,7 @@ def train(
     config: the method's own options, e.g. {"r": 16}.
     training: transformers' TrainingArguments, e.g. {"max_steps": 100}.
     callbacks: transformers' TrainerCallbacks, e.g. for a progress display of one's own.
-    callbacks: beside the trainer's own. options: the other fields of `peftmux.trainer.options.RunOptions`, e.g. max_length=512.
+    options: the other fields of `peftmux.trainer.options.RunOptions`, e.g. max_length=512.
     Raises TrainerError (DataError, OptionError) before anything is written.
     """
     from peftmux.trainer.loop import run_training

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from peftmux.trainer.errors import OptionError
-from peftmux.trainer.options import RunOptions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.options import RunOptions
 
 
 def load_base(options: RunOptions) -> tuple[Any, Any]:
     """(model, tokenizer), the model on the CPU. Raises OptionError where the name gives no causal LM."""
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
     extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     try:
         config = AutoConfig.from_pretrained(options.model)

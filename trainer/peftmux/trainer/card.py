@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import yaml
+
 from peftmux.trainer.data import EncodedData
 
 

@@ -64,10 +64,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
 
 def build_parser(name: str) -> argparse.ArgumentParser:
     """Every flag of one method. An option not given is not in the namespace, so that defaults stay in one place."""
+    from transformers import HfArgumentParser, TrainingArguments
+
     from peftmux.trainer.flags import add_fields
     from peftmux.trainer.methods import get_method
     from peftmux.trainer.options import RunOptions
-    from transformers import HfArgumentParser, TrainingArguments
 
     method = get_method(name)
     parser = HfArgumentParser(
@@ -94,3 +95,7 @@ def build_parser(name: str) -> argparse.ArgumentParser:
 def _take(given: dict[str, Any], config_class: type[Any]) -> Mapping[str, Any]:
     names = [f.name for f in dataclasses.fields(config_class)]
     return {name: given.pop(name) for name in names if name in given}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

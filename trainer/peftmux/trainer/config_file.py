@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+
 from peftmux.trainer.errors import OptionError
 
 ENVIRONMENT = "PEFTMUX_"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peftmux.trainer.errors import OptionError
-from peftmux.trainer.methods import AttachedAdapter
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.methods import AttachedAdapter
 
 CHECKPOINT_TENSORS = "adapter_state.safetensors"
 CHECKPOINT_RUN = "run.json"

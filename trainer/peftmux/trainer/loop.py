@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from peftmux.trainer.arguments import reported_arguments, training_arguments
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
 from peftmux.trainer.data import PaddingCollator, encode_rows, file_digest, read_rows
@@ -20,13 +22,9 @@ from peftmux.trainer.huggingface_trainer import AdapterTrainer, newest_checkpoin
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.options import RunOptions
 from peftmux.trainer.summary import trainable_summary
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-REPORTED = (
-    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16"),
-)
-"""The training arguments a model card names, beside those the user gave."""
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""One switch under its older and its newer name; transformers before 5.20 or so has the first alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,19 @@ class TrainResult:
     adapter: AttachedAdapter
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Everything a run needs, checked; the adapter is in the model."""
+
+    model: Any
+    tokenizer: Any
+    args: TrainingArguments
+    data: DataFacts
+    eval_data: DataFacts | None
+    adapter: AttachedAdapter
+    base_parameters: int
+
+
 def run_training(
     method: Method,
     options: RunOptions,
@@ -56,60 +67,48 @@ def run_training(
 
     Nothing is at `options.out` before the run has succeeded. Raises TrainerError for bad options or data.
     """
+    ready = _prepare(method, options, config, training)
+    print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
+    if options.dry_run:
+        return TrainResult(Path(options.out), "", 0, {}, ready.model, ready.tokenizer, ready.adapter)
+    trainer = _trainer(method, options, config, ready, callbacks)
+    metrics = _train(trainer, options)
+    ready.model.eval()
+    digest = ""
+    if ready.args.should_save:  # one process of several
+        facts = CardFacts(
+            method=method.name,
+            base_model=options.model,
+            config=config,
+            training={"dtype": str(ready.model.dtype), **reported_arguments(ready.args, training)},
+            metrics=metrics,
+            trained_parameters=sum(ready.adapter.sites().values()),
+            base_parameters=ready.base_parameters,
+            data=ready.data,
+            eval_data=ready.eval_data,
+        )
+        digest = export_adapter(ready.adapter, options.model, options.out, model_card(facts))
+    steps = trainer.state.global_step
+    return TrainResult(Path(options.out), digest, steps, metrics, ready.model, ready.tokenizer, ready.adapter)
+
+
+def _prepare(method: Method, options: RunOptions, config: Any, training: Mapping[str, Any]) -> _Prepared:
+    """What can be refused cheaply is refused first."""
     _check_out(options)
-    train_rows = read_rows(options.data)
+    rows = read_rows(options.data)
     eval_rows = read_rows(options.eval_data) if options.eval_data else None
     model, tokenizer = load_base(options)
-    hidden_size = model.config.get_text_config().hidden_size
-    args = _training_arguments(options, training, method.learning_rate(hidden_size))
+    args = training_arguments(options, training, method.learning_rate(model.config.get_text_config().hidden_size))
     base_parameters = model.num_parameters()
-
-    reserved = getattr(config, "num_virtual_tokens", 0)
-    limit = min(options.max_length or sys.maxsize, longest_row(model, reserved))
-    data = _encode(options.data, train_rows, tokenizer, options, limit)
-    eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit) if eval_rows else None
+    limit = min(options.max_length or sys.maxsize, longest_row(model, getattr(config, "num_virtual_tokens", 0)))
+    data = _encode(options.data, rows, tokenizer, options, limit)
+    eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit) if options.eval_data else None
 
     def tokenize(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    context = AttachContext(args.seed, data.encoded.examples, tokenize)
-    adapter = method.attach(model, config, context)
-    print(trainable_summary(adapter, base_parameters), file=sys.stderr)
-    if options.dry_run:
-        return TrainResult(Path(options.out), "", 0, {}, model, tokenizer, adapter)
-    if args.gradient_checkpointing and adapter.checkpoint_activations():
-        args.gradient_checkpointing = False
-
-    run = {"method": method.name, "options": dataclasses.asdict(config), "data": data.sha256, "seed": args.seed}
-    trainer = AdapterTrainer(
-        adapter,
-        run,
-        model=model,
-        args=args,
-        train_dataset=data.encoded.examples,
-        eval_dataset=eval_data.encoded.examples if eval_data else None,
-        data_collator=_collator(model, tokenizer),
-        callbacks=[*_early_stopping(options), *callbacks],
-    )
-    metrics = _train(trainer, options)
-    model.eval()
-    facts = CardFacts(
-        method=method.name,
-        base_model=options.model,
-        config=config,
-        training={"dtype": str(model.dtype), **_reported(args, training)},
-        metrics=metrics,
-        trained_parameters=sum(adapter.sites().values()),
-        base_parameters=base_parameters,
-        data=data,
-        eval_data=eval_data,
-    )
-    digest = export_adapter(adapter, options.model, options.out, model_card(facts)) if args.should_save else ""
-    return TrainResult(Path(options.out), digest, trainer.state.global_step, metrics, model, tokenizer, adapter)
-
-
-def _early_stopping(options: RunOptions) -> list[TrainerCallback]:
-    return [EarlyStoppingCallback(options.early_stopping_patience)] if options.early_stopping_patience else []
+    adapter = method.attach(model, config, AttachContext(args.seed, data.encoded.examples, tokenize))
+    return _Prepared(model, tokenizer, args, data, eval_data, adapter, base_parameters)
 
 
 def _check_out(options: RunOptions) -> None:
@@ -120,75 +119,48 @@ def _check_out(options: RunOptions) -> None:
         raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
 
 
-def _encode(path: str | None, rows: Any, tokenizer: Any, options: RunOptions, limit: int) -> DataFacts:
-    assert path is not None
+def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: int) -> DataFacts:
     encoded = encode_rows(
         rows, tokenizer, path, max_length=limit, over_long=options.over_long, append_eos=options.append_eos
     )
     return DataFacts(Path(path).name, file_digest(path), encoded)
 
 
-def _training_arguments(options: RunOptions, given: Mapping[str, Any], learning_rate: float) -> TrainingArguments:
-    """Our defaults, then what the user gave. Raises OptionError for an unknown name or a refused value."""
-    stops_early = options.early_stopping_patience is not None
-    evaluates = "epoch" if options.eval_data else "no"
-    values: dict[str, Any] = {
-        "learning_rate": learning_rate,
-        "logging_steps": 10,
-        "eval_strategy": evaluates,
-        "save_strategy": given.get("eval_strategy", evaluates) if stops_early else "no",
-        "save_steps": given.get("eval_steps") or 500,
-        "load_best_model_at_end": stops_early,
-        "metric_for_best_model": "eval_loss" if stops_early else None,
-        "report_to": "none",
-        "disable_tqdm": not sys.stderr.isatty(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        **given,
-    }
-    if "warmup_ratio" in values:
-        values["warmup_steps"] = _warmup_share(values.pop("warmup_ratio"))
-    saves = values["save_strategy"] != "no"
-    # Without checkpoints the Trainer writes nothing, but wants a folder that exists.
-    values.setdefault("output_dir", f"{options.out}.checkpoints" if saves else tempfile.gettempdir())
-    try:
-        return TrainingArguments(**values)
-    except (TypeError, ValueError, ImportError) as error:
-        raise OptionError("training arguments", str(error)) from error
-
-
-def _warmup_share(value: float) -> float:
-    """transformers takes a share of the steps as a `warmup_steps` below 1."""
-    if not 0.0 <= value < 1.0:
-        raise OptionError("warmup-ratio", f"expected 0 or more and below 1, got {value}")
-    return value
+def _trainer(
+    method: Method, options: RunOptions, config: Any, ready: _Prepared, callbacks: Sequence[TrainerCallback]
+) -> AdapterTrainer:
+    args, data = ready.args, ready.data
+    names = [name for name in CHECKPOINTING if getattr(args, name, None)]
+    if names and ready.adapter.checkpoint_activations():
+        for name in names:
+            setattr(args, name, False)
+    patience = options.early_stopping_patience
+    return AdapterTrainer(
+        ready.adapter,
+        {"method": method.name, "options": dataclasses.asdict(config), "data": data.sha256, "seed": args.seed},
+        model=ready.model,
+        args=args,
+        train_dataset=data.encoded.examples,
+        eval_dataset=ready.eval_data.encoded.examples if ready.eval_data else None,
+        data_collator=_collator(ready.model, ready.tokenizer),
+        callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
+    )
 
 
 def _collator(model: Any, tokenizer: Any) -> PaddingCollator:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PaddingCollator(pad or 0, crop_logits="logits_to_keep" in model.forward.__code__.co_varnames)
+    return PaddingCollator(pad or 0, crop_logits="logits_to_keep" in inspect.signature(model.forward).parameters)
 
 
 def _train(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:
     checkpoint = None
     if options.resume:
-        folder = Path(trainer.args.output_dir or "")
+        folder = Path(trainer.args.output_dir or ".")
         checkpoint = newest_checkpoint(folder)
         if checkpoint is None:
-            raise OptionError(
-                "resume", f"found no complete checkpoint in {folder}; a run writes them with --save-steps"
-            )
+            message = f"found no complete checkpoint in {folder}; --save-strategy steps writes them"
+            raise OptionError("resume", message)
     metrics: dict[str, float] = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     if options.eval_data:
         metrics.update(trainer.evaluate())
     return {name: value for name, value in metrics.items() if name not in ("total_flos", "epoch")}
-
-
-def _early_stopping(options: RunOptions) -> list[TrainerCallback]:
-    patience = options.early_stopping_patience
-    return [] if patience is None else [EarlyStoppingCallback(patience)]
-
-
-def _reported(args: TrainingArguments, given: Mapping[str, Any]) -> dict[str, object]:
-    names = dict.fromkeys([*REPORTED, *(name for name in given if hasattr(args, name) and name != "output_dir")])
-    return {name: getattr(value := getattr(args, name), "value", value) for name in names}

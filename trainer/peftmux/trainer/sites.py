@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.patterns import PatternMatcher
 from peftmux.adapters.targets import target_sites
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer.errors import OptionError
-from torch import nn
 
 ALL_LINEAR = "all-linear"
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftmux.trainer.data import Example
 from torch import Tensor, nn
+
+from peftmux.trainer.data import Example
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
+
 from peftmux.adapters.methods.dora import dora_out_scale
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.methods.base import Method
 from peftmux.trainer.methods.linear import weight_out_in
 from peftmux.trainer.methods.lora import LoraConfig, LoraLinear, attach_lora, default_learning_rate
-from torch import Tensor, nn
 
 
 class DoraLinear(LoraLinear):

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+
 from peftmux.adapters.methods.lora import PREFIX
 from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.trainer.methods.base import AttachedAdapter
 from peftmux.trainer.sites import replace_module
-from torch import Tensor, nn
-from torch.nn.functional import dropout, linear
 
 
 class AdaptedLinear(nn.Module):

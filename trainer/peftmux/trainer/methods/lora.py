@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+
 from peftmux.adapters.methods.lora import lora_scaling
 from peftmux.adapters.patterns import PatternMatcher
 from peftmux.kernels.lowrank import LinearPart
@@ -15,7 +17,6 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, Method
 from peftmux.trainer.methods.linear import AdaptedLinear, LinearAdapter, uniform, weight_out_in
 from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
-from torch import nn
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 

@@ -1,0 +1,154 @@
+"""The command line: flags, the environment, the YAML file, and who wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftmux.trainer.cli import build_parser, main
+from peftmux.trainer.config_file import file_arguments
+from peftmux.trainer.methods import METHODS
+
+REQUIRED = ["--model", "m", "--data", "d", "--out", "o"]
+METHOD_FLAGS = {
+    "lora": {
+        *("--r", "--lora-alpha", "--lora-dropout", "--target-modules", "--exclude-modules", "--layers-to-transform"),
+        *("--layers-pattern", "--rank-pattern", "--alpha-pattern", "--use-rslora"),
+    },
+    "prefix": {"--num-virtual-tokens", "--prefix-init", "--prefix-init-text"},
+}
+METHOD_FLAGS["dora"] = METHOD_FLAGS["lora"]
+METHOD_FLAGS["rslora"] = METHOD_FLAGS["lora"] - {"--use-rslora"}
+RUN_FLAGS = {
+    *(
+        "--config",
+        "--model",
+        "--data",
+        "--out",
+        "--eval-data",
+        "--max-length",
+        "--over-long",
+        "--append-eos",
+        "--dtype",
+    ),
+    *("--attn-implementation", "--early-stopping-patience", "--resume", "--overwrite", "--dry-run"),
+}
+TRAINING_FLAGS = {
+    *("--max-steps", "--num-train-epochs", "--learning-rate", "--per-device-train-batch-size", "--seed"),
+    *("--gradient-accumulation-steps", "--warmup-ratio", "--warmup-steps", "--lr-scheduler-type", "--save-strategy"),
+    *("--weight-decay", "--logging-steps", "--bf16", "--gradient-checkpointing", "--report-to", "--eval-strategy"),
+}
+
+
+def parse(method: str, *words: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+    parser = build_parser(method)
+    argv = [*REQUIRED, *words]
+    return vars(parser.parse_args([*file_arguments(parser, argv, env or {}), *argv]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_flags_of_each_method(method: str):
+    flags = set(build_parser(method)._option_string_actions)
+    assert flags >= METHOD_FLAGS[method] | RUN_FLAGS | TRAINING_FLAGS
+    other = {"lora": "--num-virtual-tokens", "prefix": "--lora-alpha"}.get(method)
+    assert other not in flags
+
+
+def test_values_have_their_types_and_defaults_stay_unsaid():
+    given = parse("lora", "--r", "4", "--lora-alpha", "2.5", "--max-steps", "7", "--learning-rate", "1e-3", "--bf16")
+    assert given == {
+        "model": "m",
+        "data": "d",
+        "out": "o",
+        "r": 4,
+        "lora_alpha": 2.5,
+        "max_steps": 7,
+        "learning_rate": 1e-3,
+        "bf16": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "model.layers.0.mlp.up_proj"], ["q_proj", "model.layers.0.mlp.up_proj"]),
+        (["all-linear"], "all-linear"),
+        ([r".*\.(q|k)_proj"], r".*\.(q|k)_proj"),
+    ],
+)
+def test_target_modules_are_names_or_one_pattern(words: list[str], expected: Any):
+    assert parse("lora", "--target-modules", *words)["target_modules"] == expected
+
+
+def test_patterns_are_json(capsys: pytest.CaptureFixture[str]):
+    assert parse("lora", "--rank-pattern", '{"q_proj": 2}')["rank_pattern"] == {"q_proj": 2}
+    with pytest.raises(SystemExit):
+        parse("lora", "--rank-pattern", "q_proj")
+    assert "expected a JSON object of str to int, got 'q_proj'" in capsys.readouterr().err
+
+
+def test_the_file_holds_both_kinds_of_options(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "max-steps: 5\nlearning_rate: 0.001\nr: 2\ntarget_modules: [q_proj, v_proj]\nappend_eos: false\n"
+        "rank_pattern: {q_proj: 3}\neval_data: null\nbf16: true\n"
+    )
+    given = parse("lora", "--config", str(file))
+    assert (given["max_steps"], given["learning_rate"], given["r"]) == (5, 0.001, 2)
+    assert (given["target_modules"], given["append_eos"]) == (["q_proj", "v_proj"], False)
+    assert (given["rank_pattern"], given["bf16"]) == ({"q_proj": 3}, True)
+    assert "eval_data" not in given
+
+
+def test_flags_win_over_the_environment_over_the_file(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("max_steps: 1\nseed: 1\nr: 1\n")
+    env = {"PEFTMUX_SEED": "2", "PEFTMUX_R": "2", "PEFTMUX_AUTH_TOKENS": "of the server", "R": "9"}
+    given = parse("lora", "--config", str(file), "--r", "3", env=env)
+    assert (given["max_steps"], given["seed"], given["r"]) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("steps: 5", "no such option 'steps'"), ("- 1", "expected options by name, found list"), ("a: [", "expected")],
+)
+def test_a_bad_file_is_refused(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(["lora", *REQUIRED, "--config", str(file)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [name for name in METHODS if name not in shown] == []
+    assert main([]) == 2
+    assert main(["adalorra"]) == 2
+    assert "METHOD: expected one of lora, rslora, dora, prefix; got 'adalorra'" in capsys.readouterr().err
+    assert main(["lora", "--help"]) == 0
+    assert "--rank-pattern JSON" in capsys.readouterr().out
+    assert main(["lora", "--model", "m"]) == 2
+    assert main(["lora", *REQUIRED, "--ranks", "4"]) == 2
+
+
+def test_a_run_from_the_command_line(qwen2: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--model", str(qwen2), "--data", str(rows), "--out", str(tmp_path / "a"), "--max-steps", "2", "--r", "3"]
+    assert main(["dora", *words, "--logging-steps", "1"]) == 0
+    shown = capsys.readouterr()
+    assert f"dora adapter after 2 steps: {tmp_path / 'a'}" in shown.out
+    assert "step 1/2 loss=" in shown.err
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 3
+    assert main(["dora", *words]) == 1
+    assert "is not empty; give --overwrite" in capsys.readouterr().err
+
+
+def test_bad_data_ends_a_run_with_file_and_line(qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n{"text": 1}\n')
+    assert main(["lora", "--model", str(qwen2), "--data", str(data), "--out", str(tmp_path / "a")]) == 1
+    assert capsys.readouterr().err == f"peftmux train: {data}:2: column 'text': expected a string, found a number\n"

@@ -1,0 +1,230 @@
+"""Each method against PEFT (values and gradients) and against the parts that its files lower to."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peftmux.adapters.lower import load_adapter
+from peftmux.adapters.torch_base import TorchBase
+from peftmux.trainer.data import Example
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.export import export_adapter
+from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
+from tests.trainer.lowered import lowered_logits
+from tests.trainer.tiny_models import CONFIGS, build_model, random_ids, scramble
+
+PATTERNS = {"r": 4, "rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 7}, "alpha_pattern": {"o_proj": 3}}
+CASES = [
+    ("lora", {}),
+    ("lora", {**PATTERNS, "lora_dropout": 0.5}),
+    ("lora", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}),
+    ("lora", {"target_modules": r".*\.(k|gate)_proj", "exclude_modules": ["layers.0.mlp.gate_proj"]}),
+    ("rslora", {"r": 16}),
+    ("dora", {}),
+    ("dora", {**PATTERNS, "use_rslora": True}),
+    ("prefix", {"num_virtual_tokens": 5}),
+    ("prefix", {"num_virtual_tokens": 3, "prefix_init": "random"}),
+]
+
+
+def attach(method: str, model: Any, config: dict[str, Any] | None = None) -> AttachedAdapter:
+    chosen = METHODS[method]
+    return chosen.attach(model, chosen.config_class(**config or {}), AttachContext(seed=0))
+
+
+def peft_model(shape: str, folder: Path) -> Any:
+    """The folder loaded by PEFT on a base of its own; any complaint of PEFT's about the files is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers to PEFT
+        return PeftModel.from_pretrained(build_model(shape), str(folder)).eval()
+
+
+def trainable_peft_model(shape: str, folder: Path) -> Any:
+    """As `peft_model`, with gradients. PEFT does not load a prefix for training: it gets the tensor by hand."""
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    if config.peft_type != "PREFIX_TUNING":
+        return PeftModel.from_pretrained(build_model(shape), str(folder), is_trainable=True).eval()
+    peft = get_peft_model(build_model(shape), config).eval()
+    with torch.no_grad():
+        peft.prompt_encoder.default.embedding.weight.copy_(
+            load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+        )
+    return peft
+
+
+def trained(shape: str, method: str, config: dict[str, Any], folder: Path) -> tuple[Any, AttachedAdapter]:
+    """A live model with a scrambled adapter, also exported to `folder`."""
+    model = build_model(shape)
+    adapter = attach(method, model, config)
+    scramble(adapter)
+    export_adapter(adapter, "base", folder, card="")
+    return model, adapter
+
+
+def check_same_logits(shape: str, method: str, config: dict[str, Any], folder: Path) -> None:
+    model, _ = trained(shape, method, config, folder)
+    ids = random_ids()
+    with torch.no_grad():
+        ours, plain = model(input_ids=ids).logits, build_model(shape)(input_ids=ids).logits
+        theirs = peft_model(shape, folder)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    base = build_model(shape)
+    lowered = lowered_logits(base, load_adapter(folder, TorchBase(base)), ids)
+    assert (ours - plain).abs().max() > 1e-2, "the adapter must matter for the comparison to mean anything"
+    torch.testing.assert_close(ours, theirs[:, -ids.shape[1] :], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, lowered, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_and_the_lowered_parts_give_our_logits(shape: str, method: str, tmp_path: Path):
+    check_same_logits(shape, method, {}, tmp_path / "a")
+
+
+@pytest.mark.parametrize(("method", "config"), CASES)
+def test_every_option_means_what_it_means_to_peft(method: str, config: dict[str, Any], tmp_path: Path):
+    check_same_logits("llama-biased", method, config, tmp_path / "a")
+
+
+@pytest.mark.parametrize("shape", ["llama-biased", "gpt2", "phi3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_equal_pefts(shape: str, method: str, tmp_path: Path):
+    model, adapter = trained(shape, method, {}, tmp_path / "a")
+    ids = random_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    ours = {name: p.grad for name, p in adapter.parameters.items()}
+    peft = trainable_peft_model(shape, tmp_path / "a")
+    peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    theirs = {_file_name(name): p.grad for name, p in peft.named_parameters() if p.requires_grad}
+    assert set(ours) == set(theirs)
+    for name, grad in ours.items():
+        assert grad is not None
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def _file_name(parameter: str) -> str:
+    """PEFT's parameter names as its file has them."""
+    if parameter.startswith("prompt_encoder."):
+        return "prompt_embeddings"
+    return parameter.replace(".default.weight", "" if "magnitude" in parameter else ".weight").replace(".default", "")
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_a_fresh_low_rank_adapter_starts_from_the_base(method: str):
+    model, ids = build_model("qwen2"), random_ids()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        attach(method, model)
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", CONFIGS)
+def test_a_fresh_prefix_is_the_text_it_was_made_of(shape: str):
+    model, ids = build_model(shape), random_ids(1)
+    text = Example([7, 8, 9, 10], [7, 8, 9, 10])
+    with torch.no_grad():
+        whole = torch.cat([torch.tensor([[7, 8, 9, 10, 7, 8]]), ids], dim=1)
+        expected = model(input_ids=whole).logits[:, 6:]
+        chosen = METHODS["prefix"]
+        chosen.attach(model, chosen.config_class(num_virtual_tokens=6), AttachContext(0, [text]))
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_does_not_change_a_row(method: str):
+    model = build_model("qwen2")
+    scramble(attach(method, model))
+    ids = random_ids(1)
+    padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], dim=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(1, 5, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        for extra in ({}, {"attention_mask": mask}):
+            got = model(input_ids=padded, **extra).logits[:, : ids.shape[1]]
+            torch.testing.assert_close(got, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_detaching_gives_the_base_back(method: str):
+    model, ids = build_model("gpt2"), random_ids()
+    names = list(dict(model.named_modules()))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        adapter = attach(method, model)
+        scramble(adapter)
+        adapter.detach()
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert list(dict(model.named_modules())) == names
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_adapter_is_trained_and_in_float32(method: str):
+    model = build_model("qwen2", torch.bfloat16)
+    adapter = attach(method, model)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in learned} == {id(p) for p in adapter.parameters.values()}
+    assert {p.dtype for p in learned} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    out = model(input_ids=random_ids(), labels=random_ids())
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in learned)
+
+
+def test_dora_leaves_the_norm_out_of_the_gradient():
+    """The gradient to A and B is LoRA's times the fixed magnitude / norm, as the paper's section 4.3 has it."""
+    grads: dict[str, dict[str, Tensor]] = {}
+    for method in ("lora", "dora"):
+        model = build_model("llama")
+        adapter = attach(method, model, {"target_modules": ["model.layers.1.mlp.down_proj"]})
+        model(input_ids=random_ids(), labels=random_ids()).loss.backward()
+        grads[method] = {n: p.grad for n, p in adapter.parameters.items() if p.grad is not None}
+    for name, grad in grads["lora"].items():  # a fresh DoRA's magnitude is the norm itself
+        torch.testing.assert_close(grads["dora"][name], grad, rtol=1e-4, atol=1e-7)
+
+
+def test_checkpointed_layers_keep_the_prefix_and_its_gradient():
+    grads = []
+    for checkpointed in (False, True):
+        model = build_model("gpt2")
+        adapter = attach("prefix", model)
+        if checkpointed:
+            assert adapter.checkpoint_activations()
+        for module in model.modules():  # training mode without the dropout that would make the two differ
+            module.training = not isinstance(module, torch.nn.Dropout)
+        model(input_ids=random_ids(), labels=random_ids()).loss.backward()
+        grads.append(adapter.parameters["prompt_embeddings"].grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 0}, "r: expected 1 or more, got 0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank-pattern q_proj: expected 1 or more, got 0"),
+        ({"lora_dropout": 1.0}, "lora-dropout: expected 0 or more and below 1, got 1.0"),
+        ({"target_modules": ["q_proj", "nope"]}, "no linear layer is named 'nope'; this base has down_proj"),
+        ({"target_modules": "nope.*"}, "matches no linear layer"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, "matches no linear layer"),
+    ],
+)
+def test_options_that_fit_nothing_are_refused(config: dict[str, Any], message: str):
+    with pytest.raises(OptionError, match=message):
+        attach("lora", build_model("llama"), config)
+
+
+def test_a_base_that_ignores_its_past_is_refused_for_prefixes():
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(OptionError, match="expected a base with attention layers"):
+        attach("prefix", AutoModelForCausalLM.from_config(config).eval())

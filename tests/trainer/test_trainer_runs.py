@@ -1,0 +1,225 @@
+"""Whole runs: what is learned, what can be repeated, what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from peftmux.adapters.lower import load_adapter
+from peftmux.adapters.torch_base import TorchBase
+from peftmux.trainer import OptionError, train
+from peftmux.trainer.data import file_digest
+from peftmux.trainer.methods import METHODS
+from tests.trainer.lowered import lowered_logits
+from tests.trainer.tiny_models import build_model, copy_task, random_ids, save_base, write_rows
+
+QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2, "disable_tqdm": True}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_its_task_with_the_defaults(method: str, taught: Path, rows: Path, tmp_path: Path):
+    """The base does it when told "up"; an adapter learns to do it untold. A prefix may start from being told."""
+    told = {"num_virtual_tokens": 9, "prefix_init_text": "up ab=AB "} if method == "prefix" else {}
+    held_out = write_rows(tmp_path / "eval.jsonl", copy_task(32, seed=1))
+    run: dict[str, Any] = {"model": taught, "data": rows, "eval_data": held_out, "out": tmp_path / "a", "config": told}
+    losses = []
+    for steps, rate in ((1, {"learning_rate": 0.0}), (80, {})):
+        training = {"max_steps": steps, "per_device_train_batch_size": 16, "disable_tqdm": True, **rate}
+        result = train(method, **run, training=training, overwrite=True)
+        losses.append(result.metrics["eval_loss"])
+    assert losses[0] > 2.0, "untrained it cannot do it"
+    assert losses[1] < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_written_gives_the_trained_models_logits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
+    result = train(method, model=qwen2, data=rows, out=tmp_path / "a", training=QUICK)
+    base = build_model("qwen2")
+    adapter = load_adapter(tmp_path / "a", TorchBase(base))
+    assert (adapter.kind, adapter.digest) == (method, result.digest)
+    with torch.no_grad():
+        ours = result.model(input_ids=random_ids()).logits
+    torch.testing.assert_close(ours, lowered_logits(base, adapter, random_ids()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
+    dropout = {} if method == "prefix" else {"lora_dropout": 0.1}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(method, model=qwen2, data=rows, out=tmp_path / name, config=dropout, training={**QUICK, "seed": seed})
+    assert_equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    first, other = tensors(tmp_path / "a"), tensors(tmp_path / "c")
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+class StopAt(TrainerCallback):
+    """Ends a run in the middle, as a lost machine would, after its checkpoint was written."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_with_the_same_bits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
+    config = {} if method == "prefix" else {"lora_dropout": 0.1}
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "config": config}
+    train(method, **run, out=tmp_path / "whole", training=QUICK)
+    saving = {**QUICK, "save_strategy": "steps", "save_steps": 4}
+    with pytest.raises(KeyboardInterrupt):
+        train(method, **run, out=tmp_path / "cut", training=saving, callbacks=[StopAt()])
+    assert not (tmp_path / "cut").exists()
+    result = train(method, **run, out=tmp_path / "cut", training=saving, resume=True)
+    assert result.steps == 6
+    assert_equal(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+
+
+def test_resuming_something_else_is_refused(qwen2: Path, rows: Path, tmp_path: Path):
+    saving = {**QUICK, "save_strategy": "steps", "save_steps": 4}
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", "training": saving}
+    with pytest.raises(OptionError, match="resume: found no complete checkpoint"):
+        train("lora", **run, resume=True)
+    train("lora", **run)
+    with pytest.raises(OptionError, match=r"written with options .*'r': 8.*, got .*'r': 4"):
+        train("lora", **run, config={"r": 4}, resume=True, overwrite=True)
+    newest = tmp_path / "a.checkpoints" / "checkpoint-6" / "trainer_state.json"
+    newest.write_text(newest.read_text()[:50])  # cut off while it was written: the one before is taken
+    assert train("lora", **run, resume=True, overwrite=True).steps == 6
+
+
+def test_early_stopping_keeps_the_best(qwen2: Path, rows: Path, tmp_path: Path):
+    held_out = write_rows(tmp_path / "eval.jsonl", copy_task(16, seed=1))
+    losses: list[float] = []
+
+    class Record(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            losses.append(metrics["eval_loss"])
+
+    training = {**QUICK, "max_steps": 60, "learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 2}
+    result = train(
+        "lora",
+        model=qwen2,
+        data=rows,
+        eval_data=held_out,
+        out=tmp_path / "a",
+        training=training,
+        early_stopping_patience=2,
+        callbacks=[Record()],
+    )
+    assert result.steps < 60, "at this rate the loss must rise soon"
+    assert result.metrics["eval_loss"] == pytest.approx(min(losses))
+
+
+def test_gradient_checkpointing_changes_no_number(qwen2: Path, rows: Path, tmp_path: Path):
+    for method in ("lora", "prefix"):
+        for name, extra in ((f"{method}-a", {}), (f"{method}-b", {"gradient_checkpointing": True})):
+            train(method, model=qwen2, data=rows, out=tmp_path / name, training={**QUICK, **extra})
+        first, second = tensors(tmp_path / f"{method}-a"), tensors(tmp_path / f"{method}-b")
+        for name, tensor in first.items():
+            torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_bfloat16_base_is_trained_in_float32_tensors(rows: Path, tmp_path: Path):
+    base = save_base(tmp_path / "base", "llama", torch.bfloat16)
+    result = train("dora", model=base, data=rows, out=tmp_path / "a", training=QUICK)
+    assert result.model.dtype == torch.bfloat16
+    assert {t.dtype for t in tensors(tmp_path / "a").values()} == {torch.float32}
+    assert result.metrics["train_loss"] < 12
+
+
+def test_the_folder_is_pefts_with_a_card(qwen2: Path, rows: Path, tmp_path: Path):
+    result = train("lora", model=qwen2, data=rows, out=tmp_path / "a", training={**QUICK, "warmup_ratio": 0.1})
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(qwen2)
+    card = (tmp_path / "a" / "README.md").read_text()
+
+    for fact in (
+        file_digest(rows),
+        "64 rows",
+        "| seed | 42 |",
+        "| warmup_steps | 0.1 |",
+        "| train_loss |",
+        "| torch |",
+    ):
+        assert fact in card
+    assert f"{result.metrics['train_loss']:.6g}" in card
+
+
+def test_a_taken_folder_is_not_overwritten_unasked(qwen2: Path, rows: Path, tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine.txt").write_text("keep")
+    with pytest.raises(OptionError, match="is not empty; give --overwrite"):
+        train("lora", model=qwen2, data=rows, out=tmp_path / "a", training=QUICK)
+    train("lora", model=qwen2, data=rows, out=tmp_path / "a", training=QUICK, overwrite=True)
+    assert (tmp_path / "a" / "adapter_config.json").exists()
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    qwen2: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    result = train("dora", model=qwen2, data=rows, out=tmp_path / "a", dry_run=True, config={"r": 2})
+    shown = capsys.readouterr().err
+    total = sum(p.numel() for p in result.adapter.parameters.values())
+    assert f"trainable parameters: {total:,} " in shown
+    assert "model.layers.*.mlp.down_proj" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "/no/such/model"}, "model: /no/such/model cannot be loaded as a causal LM"),
+        ({"training": {"nonsense": 1}}, "training arguments: .*nonsense"),
+        ({"training": {"warmup_ratio": 2.0}}, "warmup-ratio: expected 0 or more and below 1"),
+        ({"config": {"rank": 4}}, "rank: no such option; expected one of r, lora_alpha"),
+        ({"max_length": 0}, "max-length: expected 1 or more, got 0"),
+        ({"early_stopping_patience": 2}, "early-stopping-patience: needs rows to evaluate on"),
+        ({"speed": "fast"}, "speed: no such option"),
+    ],
+)
+def test_bad_options_are_refused_by_name(
+    options: dict[str, Any], message: str, qwen2: Path, rows: Path, tmp_path: Path
+):
+    with pytest.raises(OptionError, match=message):
+        train("lora", **{"model": qwen2, "data": rows, "out": tmp_path / "a", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_nothing(qwen2: Path, rows: Path, tmp_path: Path):
+    out = tmp_path / "adapters" / "a"
+    command = [sys.executable, "-m", "peftmux.trainer.cli", "lora", "--model", str(qwen2), "--data", str(rows)]
+    command += ["--out", str(out), "--max-steps", "100000", "--logging-steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stderr is not None
+        deadline = time.monotonic() + 120
+        while "step 3/" not in run.stderr.readline():
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+        run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []

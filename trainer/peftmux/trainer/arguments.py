@@ -1,0 +1,69 @@
+"""transformers' TrainingArguments for a run: our defaults under what the user gave."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.options import RunOptions
+
+REPORTED = (
+    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16"),
+)
+"""The arguments a model card names, beside those the user gave."""
+
+
+def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_rate: float) -> TrainingArguments:
+    """`learning_rate` is the method's default. Raises OptionError for an unknown name or a refused value."""
+    values = {**_defaults(options, given), "learning_rate": learning_rate, **given}
+    if "warmup_ratio" in values:
+        values["warmup_steps"] = _warmup_share(values.pop("warmup_ratio"))
+    saves = str(values["save_strategy"]) != "no"
+    # Without checkpoints the Trainer writes nothing, but wants a folder that exists.
+    values.setdefault("output_dir", f"{options.out}.checkpoints" if saves else tempfile.gettempdir())
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise OptionError("training arguments", str(error)) from error
+
+
+def reported_arguments(args: TrainingArguments, given: Mapping[str, Any]) -> dict[str, object]:
+    """What a reader needs to train the same again."""
+    names = dict.fromkeys([*REPORTED, *(name for name in given if hasattr(args, name) and name != "output_dir")])
+    return {name: getattr(value := getattr(args, name), "value", value) for name in names}
+
+
+def _defaults(options: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:
+    evaluates = given.get("eval_strategy", "epoch" if options.eval_data else "no")
+    values: dict[str, Any] = {
+        "logging_steps": 10,
+        "eval_strategy": evaluates,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+    }
+    if options.early_stopping_patience is not None:  # the best is kept as a checkpoint, so each evaluation saves one
+        values |= {
+            "save_strategy": evaluates,
+            "save_steps": given.get("eval_steps") or 500,
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+        }
+    return values
+
+
+def _warmup_share(value: float) -> float:
+    """transformers takes a share of the steps as a `warmup_steps` below 1."""
+    if not 0.0 <= value < 1.0:
+        raise OptionError("warmup-ratio", f"expected 0 or more and below 1, got {value}")
+    return value
