@@ -1,5 +1,12 @@
 """`peftmux bench`: tokens per second through the real server, beside transformers' own engines, in one run."""
 
-from peftmux.cli.bench.main import main
+from __future__ import annotations
 
-__all__ = ["main"]
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Imported late, so that the opponents' module can also be run by itself."""
+    from peftmux.cli.bench.main import main as run
+
+    return run(argv)

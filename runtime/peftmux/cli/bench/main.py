@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from peftmux.cli.bench.opponents import ENGINES
 from peftmux.cli.bench.processes import Opponents, Served
 from peftmux.cli.bench.workload import RANDOM_MODELS, Workload, save_random_loras, save_random_model

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peftmux.cli.bench.workload import Workload
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils import logging
+
+from peftmux.cli.bench.workload import Workload
 
 _CACHE: dict[str, Any] = {"num_blocks": 1024, "max_batch_tokens": 512}
 

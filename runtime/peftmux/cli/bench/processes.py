@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import grpc.aio
+
 from peftmux.cli.bench.workload import Job, Workload
 from peftmux.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from peftmux.adapters.writer import write_adapter
 
 # name -> LlamaConfig's sizes

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+
 from peftmux.adapters.lower import served_kinds
 from peftmux.runtime.engine.adapters import AdapterManager
 from peftmux.runtime.engine.api import ModelInfo
@@ -23,6 +24,7 @@ from peftmux.runtime.model.load import LoadedModel, load_model
 from peftmux.runtime.model.runner import Runner
 from peftmux.runtime.residency.loader import Loader
 from peftmux.runtime.scheduler import Scheduler
+from peftmux.runtime.threads import in_own_thread
 
 _DTYPES = {
     "auto": None,
@@ -67,10 +69,13 @@ async def start_engine(config: EngineConfig, observer: EngineObserver) -> LocalE
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device, dtype = _device(config.device), _dtype(config.dtype)
-    model = await asyncio.to_thread(
-        load_model, config.model, device=device, dtype=dtype, context_length=config.context_length
-    )
-    engine = build_engine(model, config, observer)
+    loop = asyncio.get_running_loop()
+
+    def build() -> LocalEngine:
+        model = load_model(config.model, device=device, dtype=dtype, context_length=config.context_length)
+        return build_engine(model, config, observer, loop)
+
+    engine = await asyncio.wrap_future(in_own_thread(build, "peftmux-start"))
     try:
         for name, folder in config.adapters:
             await engine.load_at_start(name, folder)
@@ -80,8 +85,13 @@ async def start_engine(config: EngineConfig, observer: EngineObserver) -> LocalE
     return engine
 
 
-def build_engine(model: LoadedModel, config: EngineConfig, observer: EngineObserver) -> LocalEngine:
-    """As `start_engine`, over a model that is loaded already. Call it in the loop that will use the engine."""
+def build_engine(
+    model: LoadedModel,
+    config: EngineConfig,
+    observer: EngineObserver,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> LocalEngine:
+    """As `start_engine`, over a model that is loaded already, for `loop` or the one that runs."""
     num_blocks = _num_blocks(model, config)
     budget = config.max_batch_tokens or (512 if model.device.type == "cpu" else 2048)
     scheduler = Scheduler(num_blocks, config.block_size, budget, config.max_rows, config.prefix_caching)
@@ -100,8 +110,15 @@ def build_engine(model: LoadedModel, config: EngineConfig, observer: EngineObser
     placement = DevicePlacement(scheduler, runner.cache, config.adapter_memory)
     adapters = AdapterManager(loader, placement, thread, observer)
     info = _info(model, budget, config.max_queued_requests)
-    loop = asyncio.get_running_loop()
-    engine = LocalEngine(info, Text(model.tokenizer), core, thread, adapters, model.end_token_ids, loop)
+    engine = LocalEngine(
+        info,
+        Text(model.tokenizer),
+        core,
+        thread,
+        adapters,
+        model.end_token_ids,
+        loop or asyncio.get_running_loop(),
+    )
     thread.start()
     return engine
 

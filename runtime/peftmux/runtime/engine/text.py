@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from peftmux.runtime.engine.detokenize import Detokenizer
 from peftmux.runtime.engine.request import NoText, TextStream
 from peftmux.runtime.errors import InvalidRequest
-from transformers import PreTrainedTokenizerBase
 
 
 class Text:

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
+
 from peftmux.runtime.engine.core import Deliveries, EngineCore
 from peftmux.runtime.errors import EngineDead
 

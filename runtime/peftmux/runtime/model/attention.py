@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peftmux.kernels.attention import AttentionPath
-from peftmux.runtime.model.step import StepState
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from peftmux.kernels.attention import AttentionPath
+from peftmux.runtime.model.step import StepState
 
 IMPLEMENTATION = "peftmux_paged"
 

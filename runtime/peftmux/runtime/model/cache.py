@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from peftmux.adapters.base import KVShape
 from peftmux.adapters.parts import KVPrefix
 from peftmux.kernels.attention import choose_attention, copy_blocks
 from peftmux.runtime.model.attention import PagedLayer
 from peftmux.runtime.model.load import LoadedModel
-from torch import Tensor
 
 
 def block_bytes(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) -> int:

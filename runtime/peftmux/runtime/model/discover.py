@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peftmux.adapters.base import KVShape
-from peftmux.runtime.errors import UnsupportedModel
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from peftmux.adapters.base import KVShape
+from peftmux.runtime.errors import UnsupportedModel
 
 _DISCOVERY = "peftmux_discovery"
 _TOKENS = 5

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peftmux.runtime.model.sites import SiteGroup
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
+
+from peftmux.runtime.model.sites import SiteGroup
 
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 

@@ -8,6 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
 from peftmux.adapters.base import KVShape, LinearSite
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.attention import IMPLEMENTATION
@@ -17,8 +20,6 @@ from peftmux.runtime.model.rotary import pin_frequencies
 from peftmux.runtime.model.sites import SiteRef
 from peftmux.runtime.model.step import StepInputs, StepState
 from peftmux.runtime.model.swaps import Swapper
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LoadedModel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.model.cache import PagedCache
@@ -13,7 +15,6 @@ from peftmux.runtime.model.sampler import prompt_logprobs, sample
 from peftmux.runtime.model.step import StepInputs, index_tensor
 from peftmux.runtime.params import TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan, RowResult, StepPlan, StepResult
-from torch import Tensor
 
 
 class Runner:

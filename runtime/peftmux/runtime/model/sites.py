@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
+from torch import Tensor, nn
+
 from peftmux.adapters.base import LinearSite
 from peftmux.kernels.lowrank import LowRankSite
 from peftmux.runtime.model.dense import PackedDense, PlainDense, stack
 from peftmux.runtime.model.step import StepState
-from torch import Tensor, nn
 
 
 class SiteGroup:

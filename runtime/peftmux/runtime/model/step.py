@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

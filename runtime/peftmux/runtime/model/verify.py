@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.cache import PagedCache
 from peftmux.runtime.model.load import LoadedModel
 from peftmux.runtime.model.step import StepInputs, index_tensor
-from torch import Tensor, nn
 
 _LENGTHS = (19, 6)
 _STEPS = (((0, 8, 0), (0, 6, 1)), ((8, 18, 0),), ((18, 19, 0),))

@@ -11,6 +11,7 @@ from peftmux.adapters.base import BaseModel
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.parts import LoweredAdapter
 from peftmux.adapters.source import resolve_source
+from peftmux.runtime.threads import in_own_thread
 
 Prepared = TypeVar("Prepared")
 
@@ -25,6 +26,7 @@ class Loader(Generic[Prepared]):
         self._root = root
         self._prepare = prepare
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="peftmux-loader")
+        """Bounds how many load at once; the work itself is done in threads that end."""
 
     def resolve(self, source: str) -> Path:
         """The folder that `source` names. SourceForbidden or SourceNotFound."""
@@ -32,7 +34,7 @@ class Loader(Generic[Prepared]):
 
     def load(self, folder: Path) -> Future[Prepared]:
         """AdapterError in the future where it cannot be served exactly."""
-        return self._pool.submit(self._load, folder)
+        return self._pool.submit(lambda: in_own_thread(lambda: self._load(folder), "peftmux-load").result())
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
