@@ -8,8 +8,8 @@ the row of lowest priority, last admitted among equals, loses its blocks and is 
 findable in the cache until overwritten). No row starves: the most senior running row is never preempted by another,
 every row fits alone (`add` refuses others), and a preempted row keeps its seniority.
 
-Called from one thread. Everything but `update` is called between steps: after `update`, or instead of it where the
-step failed; `plan` then returns the same work again for rows that are still there.
+Called from one thread (counts and `usage` may be read from others). Everything but `update` is called between steps:
+after `update`, or instead of it where the step failed; `plan` then returns the same work again for rows still there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Scheduler:
         return 1.0 - self._pool.num_free / self._pool.num_usable
 
     def running_by_key(self) -> dict[str, int]:
-        return dict(Counter(row.new.fairness_key for row in self._running))
+        return dict(Counter(row.new.fairness_key for row in list(self._running)))
 
     def waiting_by_key(self) -> dict[str, int]:
         return self._waiting.counts()
