@@ -12,6 +12,9 @@ from typing import Any
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
 
+MAX_PATTERNS = 4096
+"""In one field; one for each linear layer of an 80-layer model is 560."""
+
 
 @dataclass(frozen=True, slots=True)
 class Honoured:
@@ -113,5 +116,7 @@ def is_layers(value: Any) -> bool:
 
 
 def is_pattern_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """An object whose keys are patterns and whose values pass `accepts`."""
-    return lambda value: isinstance(value, dict) and all(accepts(v) for v in value.values())
+    """An object whose keys are at most MAX_PATTERNS patterns and whose values pass `accepts`."""
+    return lambda value: (
+        isinstance(value, dict) and len(value) <= MAX_PATTERNS and all(accepts(v) for v in value.values())
+    )

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from peftmux.adapters.digest import adapter_digest
 from peftmux.adapters.errors import AdapterInvalid, Reason, SourceForbidden, SourceNotFound
-from peftmux.adapters.tensorfile import TensorIndex, TensorInfo, read_index, read_tensors
+from peftmux.adapters.tensorfile import TensorIndex, TensorInfo, count_containers, read_index, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_DEPTH = 16
+MAX_CONFIG_CONTAINERS = 16_384
 MAX_TENSOR_BYTES = 16 << 30
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -104,6 +105,10 @@ def open_adapter(
 
 def parse_config(raw: bytes) -> dict[str, Any]:
     """The fields of an adapter_config.json. Raises AdapterInvalid(MALFORMED_CONFIG)."""
+    if count_containers(raw) > MAX_CONFIG_CONTAINERS:
+        raise AdapterInvalid(
+            Reason.MALFORMED_CONFIG, f"{CONFIG_FILE}: expected at most {MAX_CONFIG_CONTAINERS} brackets"
+        )
     try:
         config = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

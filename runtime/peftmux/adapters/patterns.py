@@ -22,9 +22,10 @@ _PLAIN = re.compile(r"[\w.-]+")
 class PatternMatcher:
     """Matches one config's patterns within one budget of `seconds`."""
 
-    def __init__(self, seconds: float = 0.5) -> None:
+    def __init__(self, seconds: float = 0.25) -> None:
         self._deadline = time.monotonic() + seconds
         self._compiled: dict[str, Any] = {}
+        self._plain: dict[str, bool] = {}
 
     def full(self, field: str, pattern: str, name: str) -> bool:
         """PEFT's rule for target_modules and exclude_modules as a string: the whole name."""
@@ -33,10 +34,9 @@ class PatternMatcher:
     def first_key(self, field: str, keys: Iterable[str], name: str) -> str | None:
         """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the name from some dot on."""
         for key in keys:
-            last = key.rsplit(".", 1)[-1]
-            if _PLAIN.fullmatch(key) and not name.endswith(last):
-                continue
-            if self._run(field, rf"(.*\.)?({key})$", name, "match"):
+            if key not in self._plain:
+                self._plain[key] = _PLAIN.fullmatch(key) is not None
+            if _ends_with(name, key) if self._plain[key] else self._run(field, rf"(.*\.)?({key})$", name, "match"):
                 return key
         return None
 
@@ -72,3 +72,11 @@ class PatternMatcher:
                     Reason.INVALID_FIELD, f"field {field}: {pattern[:80]!r} is not a regular expression ({error})"
                 ) from None
         return self._compiled[pattern]
+
+
+def _ends_with(name: str, key: str) -> bool:
+    """`first_key`'s rule for a key of names and dots, where a dot still stands for any one character."""
+    start = len(name) - len(key)
+    if start < 0 or (start > 0 and name[start - 1] != "."):
+        return False
+    return all(k in (".", c) for k, c in zip(key, name[start:], strict=True))

@@ -57,8 +57,8 @@ def _matching(
         yield from (name for name in names if matcher.full("target_modules", targets, name))
         return
     wanted = set(targets)
-    for name in names:
-        if wanted.intersection(_endings(name)) and _in_layers(fields, name, matcher):
+    for name in names:  # a module given by its whole name is meant whatever the layers
+        if name in wanted or (wanted.intersection(_endings(name)) and _in_layers(fields, name, matcher)):
             yield name
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from peftmux.adapters.errors import AdapterInvalid, Reason
 
 MAX_HEADER_BYTES = 2 << 20
-"""About 15,000 tensors; a DoRA over every linear layer of an 80-layer model has 1,680. Bounds what parsing can take."""
+MAX_TENSORS = 16_384
+"""A DoRA over every linear layer of an 80-layer model has 1,680."""
 MAX_DIMENSIONS = 8
 MAX_NAME = 512
 
@@ -68,6 +69,8 @@ def read_index(fd: int, file_bytes: int) -> TensorIndex:
 
 def parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorInfo]:
     """The tensors that the JSON header names; they must cover exactly `data_bytes` bytes."""
+    if count_containers(raw) > 3 * MAX_TENSORS:
+        raise _malformed(f"expected at most {MAX_TENSORS} tensors, with three brackets each")
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -84,6 +87,11 @@ def parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorInfo]:
     if position != data_bytes:
         raise _malformed(f"the header describes {position} bytes of data, the file has {data_bytes}")
     return infos
+
+
+def count_containers(raw: bytes) -> int:
+    """An upper bound on the lists and objects in JSON, which cost a parser 30 times their two bytes."""
+    return raw.count(b"[") + raw.count(b"{")
 
 
 def read_tensors(fd: int, index: TensorIndex) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from peftmux.adapters import targets
 from peftmux.adapters.base import BaseModel, LinearSite
 from peftmux.adapters.config import (
     COMMON,
+    MAX_PATTERNS,
     FieldTable,
     Honoured,
     NoEffect,
@@ -56,8 +57,10 @@ FIELDS: FieldTable = {
     **targets.FIELDS,
     "r": Honoured(8, is_positive_int, "a positive integer"),
     "lora_alpha": Honoured(8, is_number, "a finite number"),
-    "rank_pattern": Honoured({}, is_pattern_of(is_positive_int), "an object of positive integers"),
-    "alpha_pattern": Honoured({}, is_pattern_of(is_number), "an object of finite numbers"),
+    "rank_pattern": Honoured(
+        {}, is_pattern_of(is_positive_int), f"an object of at most {MAX_PATTERNS} positive integers"
+    ),
+    "alpha_pattern": Honoured({}, is_pattern_of(is_number), f"an object of at most {MAX_PATTERNS} finite numbers"),
     "use_rslora": Honoured(False, is_true, "true or false"),
     "use_dora": Honoured(False, is_true, "true or false"),
     "lora_bias": Honoured(False, is_true, "true or false"),
