@@ -4,40 +4,40 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 
+from peftmux.kernels.elementwise import ElementwisePath, rms_norm
 from peftmux.runtime.model.sites import SiteGroup
 
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class FastRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019), rounded once."""
+    """`kernels.elementwise.rms_norm` with the weight of the norm it replaces."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, path: ElementwisePath) -> None:
         super().__init__()
-        weight = norm.weight
+        weight, eps = norm.weight, _eps(norm)
         assert isinstance(weight, nn.Parameter)
+        assert eps is not None
         self.weight = weight
-        self._shape = tuple(weight.shape)
-        self._eps = _eps(norm)
+        self._eps = eps
+        self._norm = path.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._shape, self.weight, self._eps)
+        return self._norm(x, self.weight, self._eps)
 
 
 class FastSwiGLU:
     """down(silu(gate x) * up x) with gate and up in one product. Stands for the feed-forward module's `forward`."""
 
-    def __init__(self, gate_up: SiteGroup, parent: nn.Module) -> None:
+    def __init__(self, gate_up: SiteGroup, parent: nn.Module, path: ElementwisePath) -> None:
+        self._swiglu = path.swiglu
         self._gate_up = gate_up
         self._parent = parent  # read late: its down projection is swapped after this is made
-        self._half = gate_up.sizes[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        h = self._gate_up(x)
-        product = silu(h[..., : self._half]).mul_(h[..., self._half :])
-        out: Tensor = self._parent.down_proj(product)  # type: ignore[operator]
+        out: Tensor = self._parent.down_proj(self._swiglu(self._gate_up(x)))  # type: ignore[operator]
         return out
 
 
@@ -48,13 +48,14 @@ def _eps(norm: nn.Module) -> float | None:
 
 @torch.inference_mode()
 def is_rms_norm(module: nn.Module) -> bool:
-    """Is this a norm by name whose output is FastRMSNorm's?"""
+    """Is this a norm by name that computes x / sqrt(mean(x^2) + eps) * weight?"""
     weight = getattr(module, "weight", None)
     named = type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter) and weight.dim() == 1
-    if not named or _eps(module) is None or not isinstance(weight, nn.Parameter):
+    eps = _eps(module)
+    if not named or eps is None or not isinstance(weight, nn.Parameter):
         return False
     x = _random(weight, (3, weight.shape[0]))
-    return _equal(module(x), FastRMSNorm(module)(x))
+    return _equal(module(x), rms_norm(x, weight, eps))
 
 
 @torch.inference_mode()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from peftmux.kernels.elementwise import ElementwisePath, rotate_
+
 _ROTATE = "apply_rotary_pos_emb"
 
 
@@ -34,35 +36,33 @@ def pin_frequencies(model: nn.Module, context_length: int) -> None:
         module.forward = MethodType(settled, module)
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """RoPE (Su et al., 2021, arXiv 2104.09864) on halves: [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin].
+class Rotation:
+    """transformers' `apply_rotary_pos_emb`, turning queries and keys in place by `kernels.elementwise.rotate_`."""
 
-    q: [1, H, T, D], k: [1, Hkv, T, D], cos and sin: [1, T, R] with their halves equal; only the first R of D turn.
-    """
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _rotate_one(q, cos, sin), _rotate_one(k, cos, sin)
+    def __init__(self, path: ElementwisePath) -> None:
+        self._rotate_ = path.rotate_
 
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        """q: [1, H, T, D] (or [1, T, H, D] with unsqueeze_dim 2), k alike, cos and sin: [1, T, R] of equal halves."""
+        heads_last = unsqueeze_dim == 2
+        return self._turn(q, cos[0], sin[0], heads_last), self._turn(k, cos[0], sin[0], heads_last)
 
-def _rotate_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned, half = cos.shape[-1], cos.shape[-1] // 2
-    if turned == x.shape[-1]:
-        y = x * cos
-    else:
-        y = x.clone()
-        y[..., :turned] *= cos
-    y[..., :half].addcmul_(x[..., half:turned], sin[..., :half], value=-1)
-    y[..., half:turned].addcmul_(x[..., :half], sin[..., half:])
-    return y
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor, heads_last: bool) -> Tensor:
+        if 0 in x.stride():  # one head seen as many: it would turn many times
+            x = x.contiguous()
+        self._rotate_(x[0] if heads_last else x[0].transpose(0, 1), cos, sin)
+        return x
 
 
-def swap_rotary(model: PreTrainedModel) -> None:
+def swap_rotary(model: PreTrainedModel, path: ElementwisePath) -> None:
     """Let attention modules whose rotation is the one above call it. Touches these instances only, no global."""
+    rotation = Rotation(path)
     forwards: dict[type, FunctionType | None] = {}
     for module in model.modules():
         if _ROTATE in _names(module):
             cls = type(module)
             if cls not in forwards:
-                forwards[cls] = _rebound(cls)
+                forwards[cls] = _rebound(cls, rotation)
             forward = forwards[cls]
             if forward is not None:
                 module.forward = MethodType(forward, module)
@@ -73,27 +73,28 @@ def _names(module: nn.Module) -> tuple[str, ...]:
     return code.co_names if code else ()
 
 
-def _rebound(cls: type[nn.Module]) -> FunctionType | None:
+def _rebound(cls: type[nn.Module], rotation: Rotation) -> FunctionType | None:
     """cls.forward with its own rotation replaced, or None where that is another function."""
     forward = cls.forward
     original = getattr(sys.modules[cls.__module__], _ROTATE, None)
     if original is None or not _same_rotation(original) or forward.__closure__:
         return None
     rebound = FunctionType(
-        forward.__code__, {**forward.__globals__, _ROTATE: rotate}, forward.__name__, forward.__defaults__
+        forward.__code__, {**forward.__globals__, _ROTATE: rotation}, forward.__name__, forward.__defaults__
     )
     rebound.__kwdefaults__ = forward.__kwdefaults__
     return rebound
 
 
 def _same_rotation(original: Callable[..., Any]) -> bool:
+    """Does it turn halves as `rotate_` does? Interleaved kinds do not."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 3, 2, 8, generator=generator), torch.randn(1, 1, 2, 8, generator=generator)
     angle = torch.randn(1, 2, 4, generator=generator).repeat(1, 1, 2)
+    cos, sin = angle.cos(), angle.sin()
     try:
-        expected = original(q, k, angle.cos(), angle.sin())
+        expected = original(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError):
         return False
-    return all(
-        torch.allclose(a, b, atol=1e-6) for a, b in zip(rotate(q, k, angle.cos(), angle.sin()), expected, strict=True)
-    )
+    turned = (rotate_(x[0].transpose(0, 1).clone(), cos[0], sin[0]).transpose(0, 1) for x in (q, k))
+    return all(torch.allclose(a, b[0], atol=1e-6) for a, b in zip(turned, expected, strict=True))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftmux.adapters.base import LinearSite
+from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.runtime.model.dense import PackedDense, PlainDense
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.rotary import swap_rotary
@@ -36,11 +37,12 @@ class Swapper:
         self._token_linears = token_linears
         self._dense = dense
         self._step = step
+        self._fast = choose_elementwise(model.device, model.dtype)
         self._head = model.get_output_embeddings()
         self.sites: dict[str, SiteRef] = {}
 
     def run(self) -> None:
-        swap_rotary(self._model)
+        swap_rotary(self._model, self._fast)
         for path, parent in list(self._model.named_modules()):
             self._swap_siblings(path, parent)
             for name, child in list(parent.named_children()):
@@ -48,7 +50,7 @@ class Swapper:
                 if type(child) in (nn.Linear, Conv1D):
                     setattr(parent, name, SiteLinear(self._group([full], [child])))
                 elif is_rms_norm(child):
-                    setattr(parent, name, FastRMSNorm(child))
+                    setattr(parent, name, FastRMSNorm(child, self._fast))
 
     def _swap_siblings(self, path: str, parent: nn.Module) -> None:
         for names in _SIBLINGS:
@@ -63,7 +65,7 @@ class Swapper:
             for name, module in zip(names, siblings(group), strict=True):
                 setattr(parent, name, module)
             if swiglu:
-                parent.forward = FastSwiGLU(group, parent)
+                parent.forward = FastSwiGLU(group, parent, self._fast)
 
     def _group(self, names: Sequence[str], layers: Sequence[nn.Module]) -> SiteGroup:
         sites, weights, biases = [], [], []
