@@ -32,7 +32,8 @@ def test_serve_takes_the_containers_arguments(parsed, pod, values):
     assert parsed.grpc == f"0.0.0.0:{ports['grpc']}"
     assert parsed.metrics == f"0.0.0.0:{ports['metrics']}"
     assert parsed.device == values.get("device", "auto")
-    assert parsed.adapter == sorted(values.get("adapters", {}).get("preload", {}).items())
+    preload = values.get("adapters", {}).get("preload", {})
+    assert parsed.adapter == [(name, f"/adapters/{path}") for name, path in sorted(preload.items())]
     assert pod["terminationGracePeriodSeconds"] > parsed.grace_seconds
 
 

@@ -120,7 +120,7 @@ def test_adapters_are_preloaded_in_a_stable_order(render, minimal):
     values = {**minimal, "adapters": {"preload": {"team/b": "b-v2", "a": "a"}}}
     args = render(values)["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
     pairs = [value for name, value in itertools.pairwise(args) if name == "--adapter"]
-    assert pairs == ["a=a", "team/b=b-v2"]
+    assert pairs == ["a=/adapters/a", "team/b=/adapters/b-v2"]
 
 
 def test_notes_say_what_to_mind(chart, minimal):

@@ -56,7 +56,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- range $name, $path := .Values.adapters.preload }}
 - --adapter
-- {{ printf "%s=%s" $name $path | quote }}
+- {{ printf "%s=/adapters/%s" $name $path | quote }}
 {{- end }}
 {{- range .Values.extraArgs }}
 - {{ . | quote }}
