@@ -47,8 +47,8 @@ def test_a_run_learns_its_task_with_the_defaults(method: str, taught: Path, rows
         training = {"max_steps": steps, "per_device_train_batch_size": 16, "disable_tqdm": True, **rate}
         result = train(method, **run, training=training, overwrite=True)
         losses.append(result.metrics["eval_loss"])
-    assert losses[0] > 2.0, "untrained it cannot do it"
-    assert losses[1] < 0.1
+    assert losses[0] > 0.8, "untrained it cannot do it"
+    assert losses[1] < 0.1, losses
 
 
 @pytest.mark.parametrize("method", METHODS)
