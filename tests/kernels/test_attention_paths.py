@@ -143,6 +143,14 @@ def test_long_contexts(path: str, options: str) -> None:
         check(case.run(choose_attention("cpu", torch.float32)), case, path)
 
 
+def test_long_prompts(path: str) -> None:
+    """Rows of more queries than the native path computes itself where the CPU has matrix tiles."""
+    batch = ([1, 129, 128, 200], [40, 129, 300, 333])
+    for options in ("plain", "window", "all"):
+        case = make_case(SHAPES["grouped"], batch, OPTIONS[options], torch.bfloat16)
+        check(case.run(choose_attention("cpu", torch.bfloat16)), case, "torch")
+
+
 def test_large_scores_do_not_overflow(path: str) -> None:
     case = make_case(SHAPES["grouped"], BATCHES["mixed"], {"scale": 500.0}, torch.float32)
     got = case.run(choose_attention("cpu", torch.float32))

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from peftmux.kernels.attention.rows import AttentionRows
-from peftmux.kernels.native import Library
+from peftmux.kernels.attention.torch_path import attend_rows
+from peftmux.kernels.native import Library, levels
+
+_ANY = 2**31 - 1
+_LONG = 128
+"""With matrix tiles (AMX), torch's own products are faster from about so many queries a row on."""
 
 
 class NativeAttention:
@@ -14,6 +19,7 @@ class NativeAttention:
 
     def __init__(self, library: Library, dtype: torch.dtype) -> None:
         self._dtype = dtype
+        self._most = _LONG if dtype is torch.bfloat16 and levels.has("amx_bf16") else _ANY
         self._attention = library.function("peftmux_attention", dtype)
         self._store_kv = library.function("peftmux_store_kv", dtype)
 
@@ -29,7 +35,10 @@ class NativeAttention:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """As `reference.paged_attention`; q's tokens may stand apart, its heads not."""
+        """As `reference.paged_attention`; q's tokens may stand apart, its heads not.
+
+        In bfloat16 on a CPU with matrix tiles, rows of more than _LONG queries are torch's (plain and windowed ones).
+        """
         tokens, heads, key_dim = q.shape
         _, block, kv_heads, value_dim = v_cache.shape
         if not q.dtype is k_cache.dtype is v_cache.dtype is self._dtype:
@@ -45,6 +54,7 @@ class NativeAttention:
             q = q.contiguous()
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
+        most = self._most if softcap is None and sinks is None else _ANY
         out = torch.empty(tokens, heads, value_dim, dtype=self._dtype)
         table = rows.table
         self._attention(
@@ -66,8 +76,13 @@ class NativeAttention:
             scale,
             softcap or 0.0,
             window or 0,
+            most,
             rows.threads,
         )
+        if rows.longest > most:
+            for row, queries in enumerate(rows.query_lens):
+                if queries > most:
+                    attend_rows(out, q, k_cache, v_cache, rows, row, row + 1, scale, window)
         return out
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -66,6 +66,11 @@ class AttentionRows:
         return self.query_starts[-1]
 
     @cached_property
+    def longest(self) -> int:
+        """The most queries that a row has."""
+        return max(self.query_lens, default=0)
+
+    @cached_property
     def table_address(self) -> int:
         return self.table.data_ptr()
 

@@ -26,25 +26,41 @@ def paged_attention_torch(
 ) -> Tensor:
     """As `reference.paged_attention`."""
     out = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[3])
-    explicit = softcap is not None or sinks is not None
     spans = [(0, rows.num_decode)] if rows.num_decode else []
     spans += [(r, r + 1) for r in range(rows.num_decode, len(rows.query_lens))]
     for first, last in spans:
-        slots, positions = rows.gather(first, last, window or 0, k_cache.shape[1])
-        k, v = read_cache(k_cache, slots), read_cache(v_cache, slots)  # [rows, S, Hkv, D]
-        start, end = rows.query_starts[first], rows.query_starts[last]
-        queries = q[start:end].reshape(last - first, -1, *q.shape[1:])  # [rows, Q, H, Dk]
-        index = _query_index(rows, first, last)
-        if explicit:
-            found = _attend_in_pieces(queries, k, v, index, positions, scale, window, softcap, sinks)
-        elif queries.shape[1] == 1:
-            found = _decode(queries, k, v, visible(index, positions, window), scale)
-        else:
-            causal = rows.query_lens[first] == rows.context_lens[first] and not window
-            mask = None if causal else visible(index, positions, window)
-            found = _prefill(queries, k, v, mask, scale)
-        out[start:end] = found.flatten(0, 1)
+        attend_rows(out, q, k_cache, v_cache, rows, first, last, scale, window, softcap, sinks)
     return out
+
+
+def attend_rows(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: AttentionRows,
+    first: int,
+    last: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Rows first .. last, which have equally many queries, into their tokens of `out`."""
+    slots, positions = rows.gather(first, last, window or 0, k_cache.shape[1])
+    k, v = read_cache(k_cache, slots), read_cache(v_cache, slots)  # [rows, S, Hkv, D]
+    start, end = rows.query_starts[first], rows.query_starts[last]
+    queries = q[start:end].reshape(last - first, -1, *q.shape[1:])  # [rows, Q, H, Dk]
+    index = _query_index(rows, first, last)
+    if softcap is not None or sinks is not None:
+        found = _attend_in_pieces(queries, k, v, index, positions, scale, window, softcap, sinks)
+    elif queries.shape[1] == 1:
+        found = _decode(queries, k, v, visible(index, positions, window), scale)
+    else:
+        causal = rows.query_lens[first] == rows.context_lens[first] and not window
+        mask = None if causal else visible(index, positions, window)
+        found = _prefill(queries, k, v, mask, scale)
+    out[start:end] = found.flatten(0, 1)
 
 
 def _query_index(rows: AttentionRows, first: int, last: int) -> Tensor:

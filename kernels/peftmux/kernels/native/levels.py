@@ -42,6 +42,11 @@ def best() -> Level | None:
     return next((level for level in X86_LEVELS if level.needs <= _features()), None)
 
 
+def has(feature: str) -> bool:
+    """Does this CPU say that it has this feature, as Linux names it?"""
+    return feature in _features()
+
+
 def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 

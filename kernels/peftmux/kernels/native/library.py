@@ -29,6 +29,7 @@ Function = Callable[..., None]
 _ATTENTION = (
     *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64),
     *(c_int32, c_int32, c_int32, c_int32, c_int32, c_int32, c_int32, c_float, c_float, c_int32, c_int32),
+    c_int32,
 )
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "peftmux_attention": _ATTENTION,

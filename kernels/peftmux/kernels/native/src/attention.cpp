@@ -1,13 +1,15 @@
 // Attention over a paged key/value cache, for all rows of a step in one call (`attention/reference.py` has the formula).
 //
-// A unit of work is a block of one row's queries, one key/value head with all query heads that read it, and a span of
-// the keys. It goes over the keys in tiles with a running maximum (Milakov and Gimelshein, 2018, arXiv 1805.02867).
-// In a tile, keys are transposed once so that a lane is a key, and every query head reuses them. Decode rows with long
-// contexts are cut into spans of SPAN keys whose results are merged afterwards. Nothing depends on other rows or on the
-// number of threads.
+// A unit of work is a block of one row's queries, some key/value heads with all query heads that read them, and a span
+// of the keys. It goes over the keys in tiles with a running maximum (Milakov and Gimelshein, 2018, arXiv 1805.02867).
+// In a tile, keys are transposed once so that a lane is a key, and every query head reuses them. A unit takes as many
+// key/value heads as leave work for every thread, since a token's heads lie side by side in the cache. Decode rows with
+// long contexts are cut into spans of SPAN keys whose results are merged afterwards. No result depends on other rows,
+// on how units are cut or on the number of threads.
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -35,13 +37,16 @@ struct Problem {
   int32_t rows, heads, kv_heads, key_dim, value_dim, block;
   float scale, softcap;  // softcap 0: none
   int32_t window;        // 0: none
+  int32_t most;          // queries of a row that is computed here; rows with more are left to the caller
   int32_t threads;
 
   int group() const { return heads / kv_heads; }
 };
 
+// Queries first .. first + queries of a row, key/value heads kv_first .. kv_last, keys low .. high. The results of
+// kv_head go to partial + kv_head * spans, or with spans 0 to the output.
 struct Unit {
-  int row, first, queries, kv_head, low, high, partial;  // keys low .. high; partial: -1 writes the output
+  int row, first, queries, kv_first, kv_last, low, high, partial, spans;
 };
 
 // What one query head has seen so far.
@@ -113,24 +118,23 @@ inline void transpose(vu (&m)[W]) {
   }
 }
 
-// The buffers of one thread; `dwords` of a key, rounded up to whole vectors.
+// The buffers of one thread; `dwords` of a key, rounded up to whole vectors. `heads` are those of one key/value head,
+// all queries of the unit together: query by query, head by head.
 struct Scratch {
-  std::vector<uint32_t> queries;  // [heads][dwords]
+  std::vector<uint32_t> queries;  // [kv_heads][heads][dwords]
+  std::vector<float> sums;        // [kv_heads][heads][value_dim]
+  std::vector<Running> running;   // [kv_heads][heads]
   std::vector<uint32_t> keys;     // [dwords][TILE]
   std::vector<float> weights;     // [heads][TILE]
-  std::vector<float> sums;        // [heads][value_dim]
-  std::vector<Running> running;   // [heads]
   std::vector<float> rescale;     // [heads]
-  std::vector<int> last;          // [heads]: the query's own cache index
 
-  void fit(int heads, int dwords, int value_dim) {
-    queries.assign((size_t)heads * dwords, 0);
+  void fit(int kv_heads, int heads, int dwords, int value_dim) {
+    queries.assign((size_t)kv_heads * heads * dwords, 0);
+    sums.assign((size_t)kv_heads * heads * value_dim, 0.0f);
+    running.assign(kv_heads * heads, Running{-INFINITY, 0.0f});
     keys.resize((size_t)dwords * TILE);
     weights.resize((size_t)heads * TILE);
-    sums.assign((size_t)heads * value_dim, 0.0f);
-    running.assign(heads, Running{-INFINITY, 0.0f});
     rescale.resize(heads);
-    last.resize(heads);
   }
 };
 
@@ -178,17 +182,21 @@ void score_heads(const uint32_t* queries, const uint32_t* keys, int dwords, int 
   if (groups - g == 1) score_tile<T, H, 1>(queries, keys + g * W, dwords, used, scores + g * W);
 }
 
-template <class T>
-void score(const Scratch& s, int heads, int dwords, int used, int groups, float* scores) {
+// body(h, n) for neighbouring heads h .. h + n, n a compile-time constant of at most VH.
+template <class Body>
+inline void each_heads(int heads, const Body& body) {
   int h = 0;
-  for (; h + VH <= heads; h += VH)
-    score_heads<T, VH>(&s.queries[(size_t)h * dwords], s.keys.data(), dwords, used, groups, scores + h * TILE);
-  if (heads - h >= 3)
-    score_heads<T, 3>(&s.queries[(size_t)h * dwords], s.keys.data(), dwords, used, groups, scores + h * TILE), h += 3;
-  if (heads - h >= 2)
-    score_heads<T, 2>(&s.queries[(size_t)h * dwords], s.keys.data(), dwords, used, groups, scores + h * TILE), h += 2;
-  if (heads - h >= 1)
-    score_heads<T, 1>(&s.queries[(size_t)h * dwords], s.keys.data(), dwords, used, groups, scores + h * TILE);
+  for (; h + VH <= heads; h += VH) body(h, std::integral_constant<int, VH>{});
+  if (VH > 3 && heads - h == 3) body(h, std::integral_constant<int, 3>{});
+  if (heads - h == 2) body(h, std::integral_constant<int, 2>{});
+  if (heads - h == 1) body(h, std::integral_constant<int, 1>{});
+}
+
+template <class T>
+void score(const uint32_t* queries, int heads, int dwords, int used, int groups, Scratch& s) {
+  each_heads(heads, [&](int h, auto n) {
+    score_heads<T, n>(queries + (size_t)h * dwords, s.keys.data(), dwords, used, groups, &s.weights[h * TILE]);
+  });
 }
 
 // Scores of one head in, weights exp(score - largest) out; keys from cache index `at` on. Returns the factor for what
@@ -255,12 +263,10 @@ void weigh_heads(const float* weights, const T* const* values, int keys, const f
 }
 
 template <class T>
-void weigh(Scratch& s, int heads, const T* const* values, int keys, int dim) {
-  int h = 0;
-  for (; h + VH <= heads; h += VH)
-    weigh_heads<T, VH>(&s.weights[h * TILE], values, keys, &s.rescale[h], &s.sums[(size_t)h * dim], dim);
-  for (; h < heads; ++h)
-    weigh_heads<T, 1>(&s.weights[h * TILE], values, keys, &s.rescale[h], &s.sums[(size_t)h * dim], dim);
+void weigh(const Scratch& s, int heads, const T* const* values, int keys, float* sums, int dim) {
+  each_heads(heads, [&](int h, auto n) {
+    weigh_heads<T, n>(&s.weights[h * TILE], values, keys, &s.rescale[h], sums + (size_t)h * dim, dim);
+  });
 }
 
 // Divide what was seen by its total, with the sink's weight in it.
@@ -287,44 +293,50 @@ struct Partials {
 template <class T>
 void attend(const Problem<T>& p, const Unit& u, Scratch& s, Partials& partials) {
   const int32_t* row = p.table + u.row * p.table_stride;
-  const int group = p.group(), heads = u.queries * group;
+  const int group = p.group(), heads = u.queries * group, kv_heads = u.kv_last - u.kv_first, dim = p.value_dim;
   const int used = (p.key_dim + Pair<T>::PER_DWORD - 1) / Pair<T>::PER_DWORD, dwords = (used + W - 1) / W * W;
-  const int context = row[1], queries = row[p.table_stride] - row[0];
-  s.fit(heads, dwords, p.value_dim);
-  for (int i = 0; i < u.queries; ++i)
-    for (int g = 0; g < group; ++g) {
-      const T* q = p.q + (row[0] + u.first + i) * p.q_stride + (int64_t)(u.kv_head * group + g) * p.key_dim;
-      memcpy(&s.queries[(size_t)(i * group + g) * dwords], q, p.key_dim * sizeof(T));
-      s.last[i * group + g] = context - queries + u.first + i;
+  const int index = row[1] - (row[p.table_stride] - row[0]) + u.first;  // of the first query, in the cache
+  s.fit(kv_heads, heads, dwords, dim);
+  for (int kv = 0; kv < kv_heads; ++kv)
+    for (int h = 0; h < heads; ++h) {
+      int head = (u.kv_first + kv) * group + h % group;
+      const T* q = p.q + (row[0] + u.first + h / group) * p.q_stride + (int64_t)head * p.key_dim;
+      memcpy(&s.queries[((size_t)kv * heads + h) * dwords], q, p.key_dim * sizeof(T));
     }
-  const T *keys[TILE], *values[TILE];
   for (int at = u.low; at < u.high; at += TILE) {
     int count = std::min(TILE, u.high - at), groups = (count + W - 1) / W;
+    const T *keys[TILE], *values[TILE];
     for (int j = 0; j < groups * W; ++j) {
       int key = at + std::min(j, count - 1);
-      int64_t slot = ((int64_t)row[2 + key / p.block] * p.block + key % p.block) * p.kv_heads + u.kv_head;
+      int64_t slot = ((int64_t)row[2 + key / p.block] * p.block + key % p.block) * p.kv_heads + u.kv_first;
       keys[j] = p.k + slot * p.key_dim;
-      values[j] = p.v + slot * p.value_dim;
+      values[j] = p.v + slot * dim;
     }
-    transpose_keys(keys, groups, p.key_dim, s.keys.data());
-    score<T>(s, heads, dwords, used, groups, s.weights.data());
+    for (int kv = 0; kv < kv_heads; ++kv) {
+      transpose_keys(keys, groups, p.key_dim, s.keys.data());
+      score<T>(&s.queries[(size_t)kv * heads * dwords], heads, dwords, used, groups, s);
+      for (int h = 0; h < heads; ++h) {
+        int last = index + h / group, first = p.window ? last - p.window + 1 : 0;
+        s.rescale[h] = soften(&s.weights[h * TILE], groups, at, first, std::min(last, u.high - 1), p.scale, p.softcap,
+                              s.running[kv * heads + h]);
+      }
+      weigh<T>(s, heads, values, count, &s.sums[(size_t)kv * heads * dim], dim);
+      for (int j = 0; j < groups * W; ++j) keys[j] += p.key_dim, values[j] += dim;
+    }
+  }
+  for (int kv = 0; kv < kv_heads; ++kv)
     for (int h = 0; h < heads; ++h) {
-      int first = p.window ? s.last[h] - p.window + 1 : 0;
-      int last = std::min(s.last[h], u.high - 1);
-      s.rescale[h] = soften(&s.weights[h * TILE], groups, at, first, last, p.scale, p.softcap, s.running[h]);
+      int kv_head = u.kv_first + kv, head = kv_head * group + h % group;
+      const float* sums = &s.sums[((size_t)kv * heads + h) * dim];
+      const Running& running = s.running[kv * heads + h];
+      if (u.spans) {
+        int64_t to = (int64_t)(u.partial + kv_head * u.spans) * group + h;
+        std::copy(sums, sums + dim, &partials.sums[to * dim]);
+        partials.running[to] = running;
+      } else {
+        finish(p, sums, running, head, p.out + ((int64_t)(row[0] + u.first + h / group) * p.heads + head) * dim);
+      }
     }
-    weigh<T>(s, heads, values, count, p.value_dim);
-  }
-  if (u.partial >= 0) {
-    std::copy(s.sums.begin(), s.sums.end(), partials.sums.begin() + (int64_t)u.partial * group * p.value_dim);
-    std::copy(s.running.begin(), s.running.end(), partials.running.begin() + (int64_t)u.partial * group);
-    return;
-  }
-  for (int h = 0; h < heads; ++h) {
-    int head = u.kv_head * group + h % group;
-    T* out = p.out + ((int64_t)(row[0] + u.first + h / group) * p.heads + head) * p.value_dim;
-    finish(p, &s.sums[(size_t)h * p.value_dim], s.running[h], head, out);
-  }
 }
 
 // The spans of one decode row and key/value head: partials first .. first + count.
@@ -359,28 +371,37 @@ struct Plan {
   Partials partials;
 };
 
+// The key/value heads of one unit: all of them, unless that leaves too few units for the threads.
+template <class T>
+int heads_at_once(const Problem<T>& p, int units) {
+  int wanted = p.threads > 1 ? 4 * p.threads : 1;
+  int parts = std::min(p.kv_heads, std::max(1, (wanted + units - 1) / std::max(1, units)));
+  return (p.kv_heads + parts - 1) / parts;
+}
+
 template <class T>
 void make_plan(const Problem<T>& p, Plan& plan) {
   plan.units.clear(), plan.merges.clear();
-  int partials = 0;
+  int partials = 0, block = std::max(1, BLOCK_HEADS / p.group()), units = 0;
+  auto queries_of = [&](int r) { return p.table[(r + 1) * p.table_stride] - p.table[r * p.table_stride]; };
+  for (int r = 0; r < p.rows; ++r) units += queries_of(r) > p.most ? 0 : (queries_of(r) + block - 1) / block;
+  const int at_once = heads_at_once(p, units);
   for (int r = 0; r < p.rows; ++r) {
-    const int32_t* row = p.table + r * p.table_stride;
-    int queries = row[p.table_stride] - row[0], context = row[1];
-    int block = std::max(1, BLOCK_HEADS / p.group());
-    for (int h = 0; h < p.kv_heads; ++h)
-      for (int first = 0; first < queries; first += block) {
-        int count = std::min(block, queries - first), at = context - queries + first;
-        int low = p.window ? std::max(0, at - p.window + 1) : 0, high = at + count;
-        int spans = queries == 1 ? (high - low + SPAN - 1) / SPAN : 1;
-        if (spans == 1) {
-          plan.units.push_back({r, first, count, h, low, high, -1});
-          continue;
-        }
-        plan.merges.push_back({r, h, partials, spans});
-        for (int s = 0; s < spans; ++s)
-          plan.units.push_back(
-              {r, first, count, h, low + s * SPAN, std::min(high, low + (s + 1) * SPAN), partials++});
+    int queries = queries_of(r), context = p.table[r * p.table_stride + 1];
+    for (int first = 0; first < queries && queries <= p.most; first += block) {
+      int count = std::min(block, queries - first), at = context - queries + first;
+      int low = p.window ? std::max(0, at - p.window + 1) : 0, high = at + count;
+      int spans = queries == 1 ? (high - low + SPAN - 1) / SPAN : 1;
+      for (int h = 0; h < p.kv_heads; h += at_once) {
+        int last = std::min(p.kv_heads, h + at_once);
+        if (spans == 1) plan.units.push_back({r, first, count, h, last, low, high, 0, 0});
+        for (int s = 0; s < spans && spans > 1; ++s)
+          plan.units.push_back({r, first, count, h, last, low + s * SPAN, std::min(high, low + (s + 1) * SPAN),
+                                partials + s, spans});
       }
+      for (int h = 0; h < p.kv_heads && spans > 1; ++h, partials += spans)
+        plan.merges.push_back({r, h, partials, spans});
+    }
   }
   plan.partials.sums.resize((size_t)partials * p.group() * p.value_dim);
   plan.partials.running.resize((size_t)partials * p.group());
@@ -417,9 +438,10 @@ void store_kv(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* k_c
   extern "C" void peftmux_attention_##NAME(                                                                           \
       const T* q, int64_t q_stride, const T* k, const T* v, T* out, const float* sinks, const int32_t* table,         \
       int64_t table_stride, int32_t rows, int32_t tokens, int32_t heads, int32_t kv_heads, int32_t key_dim,           \
-      int32_t value_dim, int32_t block, float scale, float softcap, int32_t window, int32_t threads) {                \
+      int32_t value_dim, int32_t block, float scale, float softcap, int32_t window, int32_t most,                     \
+      int32_t threads) {                                                                                              \
     peftmux::run(peftmux::Problem<T>{q, q_stride, k, v, out, sinks, table, table_stride, rows, heads, kv_heads,       \
-                                     key_dim, value_dim, block, scale, softcap, window, threads},                     \
+                                     key_dim, value_dim, block, scale, softcap, window, most, threads},               \
                  tokens);                                                                                             \
   }                                                                                                                   \
   extern "C" void peftmux_store_kv_##NAME(const T* k, int64_t k_stride, const T* v, int64_t v_stride, T* k_cache,     \

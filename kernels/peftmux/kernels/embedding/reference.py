@@ -1,0 +1,45 @@
+"""The input embedding's operator: what adapter methods that touch it lower to. The one definition.
+
+    y'[t] = E'[id_t],   E' = out_scale * (E + scale * (B A)^T),   then the rows `ids` of E' are `rows`
+
+Source: LoRA on an embedding (Hu et al., 2021, arXiv 2106.09685); with DoRA (Liu et al., 2024, arXiv 2402.09353) there is
+one scale for each embedding dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPart:
+    """What one adapter does to the input embedding. Absent pieces are None; `a` and `b`, `ids` and `rows` go together.
+
+    a: [r, V], b: [D, r], out_scale: [D], ids: [n] int64, distinct, rows: [n, D].
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    out_scale: Tensor | None = None
+    ids: Tensor | None = None
+    rows: Tensor | None = None
+
+
+def apply_embedding_part(y: Tensor, ids: Tensor, part: EmbeddingPart) -> Tensor:
+    """The definition above, differentiable. y: [T, D] the base's embeddings of ids: [T] -> [T, D] in y's dtype.
+
+    Everything is computed in the parts' dtype, rounded once at the end. ids must lie in the vocabulary.
+    """
+    out = y
+    if part.a is not None and part.b is not None:
+        out = out + part.scale * (part.a.t()[ids] @ part.b.t())
+    if part.out_scale is not None:
+        out = out * part.out_scale
+    if part.ids is not None and part.rows is not None:
+        hit = ids.unsqueeze(1) == part.ids  # [T, n]
+        out = torch.where(hit.any(1, keepdim=True), part.rows[hit.int().argmax(1)].to(out.dtype), out)
+    return out.to(y.dtype)

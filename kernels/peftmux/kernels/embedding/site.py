@@ -1,0 +1,53 @@
+"""The adapters at the input embedding, and what they make of a batch's embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.embedding.reference import EmbeddingPart, apply_embedding_part
+from peftmux.kernels.lowrank import Segments
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedEmbedding:
+    """A part on its device, in float32: owned by the site once put."""
+
+    part: EmbeddingPart
+    nbytes: int
+
+
+class EmbeddingSite:
+    """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[int, EmbeddingPart] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not self._held
+
+    def prepare(self, part: EmbeddingPart) -> PreparedEmbedding:
+        moved = {f.name: _to(getattr(part, f.name), self._device) for f in fields(part)}
+        size = sum(t.nbytes for t in moved.values() if isinstance(t, Tensor))
+        return PreparedEmbedding(EmbeddingPart(**moved), size)
+
+    def put(self, slot: int, prepared: PreparedEmbedding) -> None:
+        self._held[slot] = prepared.part
+
+    def drop(self, slot: int) -> None:
+        self._held.pop(slot, None)
+
+    def apply(self, y: Tensor, ids: Tensor, segments: Segments) -> None:
+        """Change, in place, the embeddings of tokens whose adapter has a part here. y: [T, D], ids: [T]."""
+        for slot, start, end in segments.runs:
+            part = self._held.get(slot)
+            if part is not None:
+                y[start:end] = apply_embedding_part(y[start:end], ids[start:end], part)
+
+
+def _to(value: object, device: torch.device) -> object:
+    return value.to(device).contiguous() if isinstance(value, Tensor) else value
