@@ -1,0 +1,102 @@
+"""PEFT's adapters on other shapes than Llama's: packed and transposed projections, mixture experts, sliding windows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+from torch import nn
+
+from peftmux.adapters.errors import AdapterInvalid
+from peftmux.runtime.engine.factory import EngineConfig, build_engine
+from peftmux.runtime.engine.local import LocalEngine
+from peftmux.runtime.engine.observer import NullObserver
+from peftmux.runtime.model.load import fit_model
+from tests.engine.harness import ask_all, check_quiet, load, request
+from tests.model.families import build, greedy
+
+PROMPTS = [[5, 9, 17, 33, 3, 7, 8, 60, 61, 62, 63, 64], [101, 44, 3]]
+NEW_TOKENS = 8
+
+
+def lora(**fields: Any) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **fields)
+
+
+ADAPTERS: dict[str, tuple[str, PeftConfig]] = {
+    "gpt2-packed-conv1d": ("gpt2", lora(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
+    "gpt2-dora": ("gpt2", lora(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True)),
+    "phi3-packed": ("phi3", lora(target_modules=["qkv_proj", "gate_up_proj"])),
+    "opt": ("opt", lora(target_modules=["q_proj", "v_proj", "fc1", "fc2"])),
+    "gpt_neox-packed": ("gpt_neox", lora(target_modules=["query_key_value", "dense_h_to_4h"])),
+    "gemma2-all-linear": ("gemma2", lora(target_modules="all-linear")),
+    "gemma3-one-of-three": ("gemma3_text", lora(target_modules=["k_proj", "up_proj"])),
+    "llama-head": ("llama", lora(target_modules=["lm_head", "down_proj"])),
+    "mixtral-attention": ("mixtral", lora(target_modules=["q_proj", "o_proj"])),
+    "mistral-prefix": ("mistral", PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
+    "gemma3-prefix": ("gemma3_text", PrefixTuningConfig(num_virtual_tokens=6, task_type="CAUSAL_LM")),
+    "opt-prefix": ("opt", PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
+}
+
+
+def save_adapter(family: str, config: PeftConfig, folder: Path) -> Any:
+    """A random adapter in PEFT's files; returns the model that PEFT runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = get_peft_model(build(family), config)
+    if isinstance(config, PrefixTuningConfig):
+        nn.init.normal_(adapted.prompt_encoder["default"].embedding.weight, std=1.0)
+    adapted.save_pretrained(str(folder))
+    return adapted.eval()
+
+
+@asynccontextmanager
+async def engine_for(family: str, root: Path) -> AsyncIterator[LocalEngine]:
+    config = EngineConfig(model=family, adapters_root=str(root), max_batch_tokens=8, block_size=4, num_threads=1)
+    engine = build_engine(fit_model(build(family), None, family), config, NullObserver())
+    try:
+        yield engine
+    finally:
+        await engine.drain(0.0)
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+async def test_adapter_and_base_rows_are_exact(case: str, tmp_path: Path) -> None:
+    family, config = ADAPTERS[case]
+    adapted = save_adapter(family, config, tmp_path / "a")
+    base = build(family)
+    expected = [greedy(adapted, p, NEW_TOKENS) for p in PROMPTS] + [greedy(base, p, NEW_TOKENS) for p in PROMPTS]
+    assert expected[0] != expected[2], "the adapter is invisible"
+    async with engine_for(family, tmp_path) as engine:
+        await load(engine, "a")
+        wanted = [request(p, name, NEW_TOKENS) for name in ("a", "") for p in PROMPTS]
+        assert [answer.ids for answer in await ask_all(engine, wanted)] == expected
+        await engine.unload_adapter("a")
+        await check_quiet(engine)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+    ],
+)
+async def test_experts_are_refused(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(family, lora(**fields), tmp_path / "a")
+    async with engine_for(family, tmp_path) as engine:
+        with pytest.raises(AdapterInvalid, match=r"target_parameters|experts"):
+            await load(engine, "a")
+        assert engine.list_adapters() == ()
+
+
+async def test_an_adapter_of_another_family_is_refused(tmp_path: Path) -> None:
+    save_adapter("opt", lora(target_modules=["fc1"]), tmp_path / "a")
+    async with engine_for("llama", tmp_path) as engine:
+        with pytest.raises(AdapterInvalid, match="expected"):
+            await load(engine, "a")
