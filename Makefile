@@ -52,6 +52,9 @@ lint-protos: $(VENV)/.protos
 bench: $(VENV)/.dev
 	$(BIN)/peftmux bench $(BENCH_ARGS)
 
+base: $(VENV)/.run
+	$(BIN)/python -m peftmux.demo.make_base --out runtime/peftmux/demo/base
+
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS)
 
