@@ -50,6 +50,21 @@ class BaseModel(Protocol):
         ...
 
     @property
+    def embedding(self) -> str:
+        """Module path of the input embedding; "" where it is more than a table (some scale what they look up)."""
+        ...
+
+    @property
+    def head(self) -> str | None:
+        """The linear site that turns hidden states into logits; None where it is not a plain linear layer."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """The head's weight is the input embedding's."""
+        ...
+
+    @property
     def kv_shapes(self) -> Sequence[KVShape]: ...
     def weight(self, site: str) -> Tensor:
         """The base weight of a linear site, [out, in], in the base's dtype."""
@@ -57,4 +72,8 @@ class BaseModel(Protocol):
 
     def bias(self, site: str) -> Tensor | None:
         """The base bias of a linear site, [out], or None."""
+        ...
+
+    def embedding_weight(self) -> Tensor:
+        """The input embedding, [V, D], in the base's dtype."""
         ...

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.lowrank import LinearPart
+from peftmux.kernels.rows import ReplacedRows
 
-__all__ = ["KVPrefix", "LinearPart", "LoweredAdapter"]
+__all__ = ["EmbeddingPart", "KVPrefix", "LinearPart", "LoweredAdapter", "ReplacedRows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,12 @@ class LoweredAdapter:
     """sha256 (hex) of the content: canonical config and tensors."""
     linear: Mapping[str, LinearPart] = field(default_factory=dict)
     """By site name."""
+    rows: Mapping[str, ReplacedRows] = field(default_factory=dict)
+    """By site name; they stand before the site's linear part."""
+    embedding: EmbeddingPart | None = None
     prefix: KVPrefix | None = None
+    invocation: tuple[int, ...] = ()
+    """aLoRA: active from the last occurrence of these tokens in the prompt on, the base model without; () is always."""
     tensors: int = 0
     """Tensors in its files; lowering has used every one of them."""
     parameters: int = 0
@@ -47,11 +54,14 @@ class LoweredAdapter:
 
     @property
     def applied_sites(self) -> int:
-        """Linear sites changed, plus one per attention layer with a prefix."""
-        return len(self.linear) + (len(self.prefix.keys) if self.prefix else 0)
+        """Linear sites changed, the input embedding, and one per attention layer with a prefix."""
+        sites = len(self.linear.keys() | self.rows.keys()) + (self.embedding is not None)
+        return sites + (len(self.prefix.keys) if self.prefix else 0)
 
     @property
     def ranks(self) -> tuple[int, int]:
         """(smallest, largest) rank over the low-rank sites; (0, 0) where there are none."""
         ranks = [p.rank for p in self.linear.values() if p.rank]
+        if self.embedding is not None and self.embedding.a is not None:
+            ranks.append(self.embedding.a.shape[0])
         return (min(ranks), max(ranks)) if ranks else (0, 0)

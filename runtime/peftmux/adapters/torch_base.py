@@ -48,6 +48,20 @@ class TorchBase:
         return frozenset(name for name, _ in self.module.named_modules() if name)
 
     @cached_property
+    def embedding(self) -> str:
+        table = self.module.get_input_embeddings()  # type: ignore[operator]
+        return _path(self.module, table) if type(table) is nn.Embedding else ""
+
+    @cached_property
+    def head(self) -> str | None:
+        name = _path(self.module, self.module.get_output_embeddings())  # type: ignore[operator]
+        return name if name in self.linear_sites else None
+
+    @cached_property
+    def tied(self) -> bool:
+        return self.head is not None and self.weight(self.head).data_ptr() == self.embedding_weight().data_ptr()
+
+    @cached_property
     def kv_shapes(self) -> Sequence[KVShape]:
         """As the model fills its own cache for one token: right for every architecture, also where layers differ."""
         return _probe_cache(self.module)
@@ -58,6 +72,13 @@ class TorchBase:
 
     def bias(self, site: str) -> Tensor | None:
         return self.module.get_parameter(f"{site}.bias").detach() if self.linear_sites[site].has_bias else None
+
+    def embedding_weight(self) -> Tensor:
+        return self.module.get_parameter(f"{self.embedding}.weight").detach()
+
+
+def _path(root: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, found in root.named_modules() if found is module), "")
 
 
 def _site(name: str, module: nn.Module) -> LinearSite | None:

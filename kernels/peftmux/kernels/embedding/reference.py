@@ -2,8 +2,8 @@
 
     y'[t] = E'[id_t],   E' = out_scale * (E + scale * (B A)^T),   then the rows `ids` of E' are `rows`
 
-Source: LoRA on an embedding (Hu et al., 2021, arXiv 2106.09685); with DoRA (Liu et al., 2024, arXiv 2402.09353) there is
-one scale for each embedding dimension.
+Source: LoRA on an embedding (Hu et al., 2021, arXiv 2106.09685); with DoRA (Liu et al., 2024, arXiv 2402.09353) there
+is one scale for each embedding dimension.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ class EmbeddingSite:
         return not self._held
 
     def prepare(self, part: EmbeddingPart) -> PreparedEmbedding:
-        moved = {f.name: _to(getattr(part, f.name), self._device) for f in fields(part)}
-        size = sum(t.nbytes for t in moved.values() if isinstance(t, Tensor))
-        return PreparedEmbedding(EmbeddingPart(**moved), size)
+        pieces = (part.a, part.b, part.out_scale, part.ids, part.rows)
+        a, b, out_scale, ids, rows = (None if t is None else t.to(self._device).contiguous() for t in pieces)
+        size = sum(t.nbytes for t in (a, b, out_scale, ids, rows) if t is not None)
+        return PreparedEmbedding(EmbeddingPart(a, b, part.scale, out_scale, ids, rows), size)
 
     def put(self, slot: int, prepared: PreparedEmbedding) -> None:
         self._held[slot] = prepared.part
@@ -48,6 +49,3 @@ class EmbeddingSite:
             if part is not None:
                 y[start:end] = apply_embedding_part(y[start:end], ids[start:end], part)
 
-
-def _to(value: object, device: torch.device) -> object:
-    return value.to(device).contiguous() if isinstance(value, Tensor) else value

@@ -1,6 +1,6 @@
 """Replaced rows of a linear layer's weight: a retrained output projection, or single tokens of it. The one definition.
 
-    y'[t, ids] = values x[t] + bias;   other columns are the base layer's own
+y'[t, ids] = values x[t] + bias;   other columns are the base layer's own
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True, slots=True)
 class ReplacedRows:
-    """What one adapter puts in place of weight rows. values: [n, in], ids: [n] int64 or None for all rows, bias: [n]."""
+    """What one adapter puts in place of weight rows.
+
+    values: [n, in], ids: [n] int64, distinct, or None for all rows, bias: [n].
+    """
 
     values: Tensor
     ids: Tensor | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel
-from peftmux.adapters.parts import KVPrefix, LinearPart
+from peftmux.adapters.parts import EmbeddingPart, KVPrefix, LinearPart, ReplacedRows
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, of everything in the files."""
@@ -21,6 +21,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 @dataclass(frozen=True, slots=True)
 class Parts:
     linear: Mapping[str, LinearPart] = field(default_factory=dict)
+    rows: Mapping[str, ReplacedRows] = field(default_factory=dict)
+    embedding: EmbeddingPart | None = None
     prefix: KVPrefix | None = None
 
 
@@ -31,6 +33,7 @@ class Plan:
     kind: str
     build: Callable[[Mapping[str, Tensor]], Parts]
     warnings: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

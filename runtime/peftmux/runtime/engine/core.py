@@ -99,14 +99,20 @@ class EngineCore:
         placed = active.revision.placement if active.revision else BASE
         virtual = placed.prefix.length if placed.prefix else 0
         total = virtual + len(request.prompt) + active.max_tokens
+        start = invocation_start(request.prompt, placed.invocation)
+        slot, salt, active_from = placed.slot, placed.salt, 0
+        if start is None:
+            slot, salt = BASE.slot, BASE.salt
+        elif placed.invocation:  # what stands before it depends on where it is
+            salt, active_from = placed.salt + start.to_bytes(4), start
         return NewRow(
             id=active.id,
-            slot=placed.slot,
+            slot=slot,
             prompt=request.prompt,
             max_total=total,
             sampling=request.sampling,
             output=request.output,
-            salt=placed.salt,
+            salt=salt,
             prefix=placed.prefix,
             position_offset=placed.position_offset,
             min_tokens=request.stopping.min_tokens,
@@ -114,6 +120,7 @@ class EngineCore:
             priority=request.priority,
             fairness_key=active.adapter,
             arrival=active.submitted,
+            active_from=active_from,
         )
 
     def _check_queue(self) -> None:
@@ -177,6 +184,18 @@ class EngineCore:
             reason = outcome.finish_reason.value
         seconds = time.monotonic() - active.submitted
         self._observer.finished(reason, seconds, active.adapter, len(active.request.prompt), active.generated)
+
+
+def invocation_start(prompt: tuple[int, ...], invocation: tuple[int, ...]) -> int | None:
+    """Where an adapter becomes active: at the last occurrence of its invocation, 0 without one, None if not found.
+
+    Source: activated LoRA (Greenewald et al., 2025, arXiv 2504.12397), as PEFT reads a prompt.
+    """
+    if not invocation:
+        return 0
+    width = len(invocation)
+    starts = range(len(prompt) - width, -1, -1)
+    return next((i for i in starts if prompt[i : i + width] == invocation), None)
 
 
 def max_new_tokens(prompt: int, virtual: int, wanted: int | None, context_length: int, capacity: int) -> int:

@@ -40,8 +40,8 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What was held back: the beginning of a stop string, a character whose end never came (as U+FFFD)."""
-        text, stopped = self._stop.push(self._text.finish())
-        return text if stopped else text + self._stop.finish()
+        text, _ = self._stop.push(self._text.finish())
+        return text + self._stop.finish()
 
 
 class _Stream(Protocol):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from peftmux.adapters.parts import KVPrefix, LoweredAdapter
-from peftmux.kernels.lowrank import LowRankSite, Prepared
+from peftmux.adapters.parts import LoweredAdapter
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import PagedCache, block_bytes
 from peftmux.runtime.model.load import LoadedModel
@@ -13,13 +13,21 @@ from peftmux.runtime.model.sites import SiteGroup
 from peftmux.runtime.scheduler import PrefixBlocks, Scheduler
 
 
+class Site(Protocol):
+    """What every kind of site offers (kernels' LowRankSite, RowsSite, EmbeddingSite)."""
+
+    def put(self, slot: int, prepared: Any) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedAdapter:
     """Laid out for the device, not yet in it: what a loader thread hands to the engine's thread."""
 
     lowered: LoweredAdapter
-    sites: tuple[tuple[LowRankSite, Prepared], ...]
-    prefix: KVPrefix | None
+    sites: tuple[tuple[Site, Any], ...]
+    """Each with what its `prepare` made."""
     salt: bytes
     """Names this adapter's keys and values in the prefix cache; b"" where they are the base model's."""
     size: int
@@ -34,40 +42,51 @@ class Placed:
     prefix: PrefixBlocks | None
     first_position: int
     salt: bytes
+    invocation: tuple[int, ...]
     size: int
     """Bytes on the device."""
-    sites: tuple[LowRankSite, ...]
+    sites: tuple[Site, ...]
 
     @property
     def position_offset(self) -> int:
         return self.first_position - (self.prefix.length if self.prefix else 0)
 
 
-BASE = Placed(slot=0, prefix=None, first_position=0, salt=b"", size=0, sites=())
+BASE = Placed(slot=0, prefix=None, first_position=0, salt=b"", invocation=(), size=0, sites=())
 """The base model: nothing on top."""
 
 
 def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> PreparedAdapter:
     """Cast and lay out an adapter's parts. Safe in a loader thread: touches nothing that a step reads."""
-    by_group: dict[SiteGroup, list[str | None]] = {}
-    for name in lowered.linear:
-        ref = model.sites[name]
-        by_group.setdefault(ref.group, [None] * len(ref.group.sites))[ref.index] = name
-    sites = []
-    size = 0
-    for group, names in by_group.items():
-        prepared = group.lowrank.prepare([None if n is None else lowered.linear[n] for n in names])
-        sites.append((group.lowrank, prepared))
-        size += prepared.nbytes
+    sites: list[tuple[Site, Any]] = []
+    for group, names in _by_group(model, lowered).items():
+        sites.append((group.lowrank, group.lowrank.prepare([None if n is None else lowered.linear[n] for n in names])))
+    for name, rows in lowered.rows.items():
+        site = model.sites[name].group.rows
+        sites.append((site, site.prepare(rows)))
+    if lowered.embedding is not None:
+        assert model.embedding_site is not None, "lowering refuses embedding parts where there is no such site"
+        sites.append((model.embedding_site, model.embedding_site.prepare(lowered.embedding)))
+    size = sum(prepared.nbytes for _, prepared in sites)
     if lowered.prefix is not None:
         blocks = -(-lowered.prefix.length // block_size)
         size += blocks * block_bytes(model.kv_shapes, block_size, model.dtype)
-    return PreparedAdapter(lowered, tuple(sites), lowered.prefix, _salt(model, lowered), size)
+    return PreparedAdapter(lowered, tuple(sites), _salt(model, lowered), size)
+
+
+def _by_group(model: LoadedModel, lowered: LoweredAdapter) -> dict[SiteGroup, list[str | None]]:
+    """The adapter's linear sites by the product they share, in the order of its slices."""
+    groups: dict[SiteGroup, list[str | None]] = {}
+    for name in lowered.linear:
+        ref = model.sites[name]
+        groups.setdefault(ref.group, [None] * len(ref.group.sites))[ref.index] = name
+    return groups
 
 
 def _salt(model: LoadedModel, lowered: LoweredAdapter) -> bytes:
     """An adapter of the output projection alone shares the base model's keys and values."""
-    touches = lowered.prefix is not None or any(not model.is_head(name) for name in lowered.linear)
+    inside = (lowered.linear.keys() | lowered.rows.keys()) - {model.head}
+    touches = bool(inside) or lowered.prefix is not None or lowered.embedding is not None
     return bytes.fromhex(lowered.digest) if touches else b""
 
 
@@ -90,17 +109,24 @@ class DevicePlacement:
                 f"adapter {name!r} needs {adapter.size} bytes: expected at most {self._budget - self.bytes} of the "
                 f"adapter memory's {self._budget}, the rest is held by other adapters"
             )
-        blocks = None
-        if adapter.prefix is not None:
-            blocks = self._scheduler.allocate_prefix(adapter.prefix.length, name)
-            self._cache.write_prefix(blocks.blocks, adapter.prefix)
+        blocks, prefix = None, adapter.lowered.prefix
+        if prefix is not None:
+            blocks = self._scheduler.allocate_prefix(prefix.length, name)
+            self._cache.write_prefix(blocks.blocks, prefix)
         slot = self._free.pop() if self._free else self._next
         self._next = max(self._next, slot + 1)
         for site, prepared in adapter.sites:
             site.put(slot, prepared)
         self.bytes += adapter.size
-        first = adapter.prefix.first_position if adapter.prefix else 0
-        return Placed(slot, blocks, first, adapter.salt, adapter.size, tuple(site for site, _ in adapter.sites))
+        return Placed(
+            slot=slot,
+            prefix=blocks,
+            first_position=prefix.first_position if prefix else 0,
+            salt=adapter.salt,
+            invocation=adapter.lowered.invocation,
+            size=adapter.size,
+            sites=tuple(site for site, _ in adapter.sites),
+        )
 
     def remove(self, placed: Placed) -> None:
         """The last row that used it has ended."""

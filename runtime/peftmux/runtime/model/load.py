@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,33 @@ from peftmux.runtime.model.step import StepInputs, StepState
 from peftmux.runtime.model.swaps import Swapper
 
 
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What a module is made of, read before its layers are swapped."""
+
+    module_names: frozenset[str]
+    parameters: int
+    embedding: str
+    """Path of the input embedding; "" where it is more than a table."""
+    head: str | None
+    """Path of the output projection where it is a plain linear layer."""
+    tied: bool
+    """The head's weight is the input embedding's."""
+
+    @classmethod
+    def of(cls, module: PreTrainedModel) -> Anatomy:
+        paths = {id(m): name for name, m in module.named_modules() if name}
+        table, head = module.get_input_embeddings(), module.get_output_embeddings()
+        plain_table, plain_head = type(table) is nn.Embedding, type(head) is nn.Linear
+        return cls(
+            module_names=frozenset(paths.values()),
+            parameters=sum(p.numel() for p in module.parameters()),
+            embedding=paths[id(table)] if plain_table else "",
+            head=paths[id(head)] if plain_head else None,
+            tied=plain_table and plain_head and head.weight is table.weight,
+        )
+
+
 class LoadedModel:
     """One base model, ready to run steps. Implements `peftmux.adapters.base.BaseModel`.
 
@@ -34,21 +62,20 @@ class LoadedModel:
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         layers: Sequence[AttentionLayer],
-        sites: Mapping[str, SiteRef],
+        anatomy: Anatomy,
+        swapped: Swapper,
         step: StepState,
         context_length: int,
-        module_names: frozenset[str],
-        parameters: int,
     ) -> None:
         self.module = module
         self.tokenizer = tokenizer
         self.name = name
         self.layers = tuple(layers)
-        self.sites = sites
+        self.anatomy = anatomy
+        self.sites: Mapping[str, SiteRef] = swapped.sites
+        self.embedding_site = swapped.embedding
         self.step = step
         self.context_length = context_length
-        self.module_names = module_names
-        self.parameters = parameters
         self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
 
     @property
@@ -62,6 +89,26 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.module.device
+
+    @property
+    def parameters(self) -> int:
+        return self.anatomy.parameters
+
+    @property
+    def module_names(self) -> frozenset[str]:
+        return self.anatomy.module_names
+
+    @property
+    def embedding(self) -> str:
+        return self.anatomy.embedding
+
+    @property
+    def head(self) -> str | None:
+        return self.anatomy.head if self.anatomy.head in self.sites else None
+
+    @property
+    def tied(self) -> bool:
+        return self.anatomy.tied
 
     @cached_property
     def hidden_size(self) -> int:
@@ -89,15 +136,16 @@ class LoadedModel:
         ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
         return tuple(i for i in ids if 0 <= i < self.vocab_size)
 
-    def is_head(self, site: str) -> bool:
-        """Does this site only turn the last hidden state into logits?"""
-        return self.module.get_submodule(site) is self.module.get_output_embeddings()
-
     def weight(self, site: str) -> Tensor:
         return self.sites[site].weight()
 
     def bias(self, site: str) -> Tensor | None:
         return self.sites[site].bias()
+
+    def embedding_weight(self) -> Tensor:
+        weight = self.module.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Logits [S, V] of the kept tokens, in the model's dtype; writes the step's keys and values to the cache."""
@@ -146,15 +194,12 @@ def fit_model(
     pin_frequencies(module, context_length)
     expected = reference_logits(module)
     discovery = discover(module)
-    names = frozenset(n for n, _ in module.named_modules() if n)
-    parameters = sum(p.numel() for p in module.parameters())
+    anatomy = Anatomy.of(module)
     step = StepState()
     swapper = Swapper(module, discovery.token_linears, choose_dense(module.device, module.dtype), step)
     swapper.run()
     module.set_attn_implementation(IMPLEMENTATION)
-    model = LoadedModel(
-        module, tokenizer, name, discovery.layers, swapper.sites, step, context_length, names, parameters
-    )
+    model = LoadedModel(module, tokenizer, name, discovery.layers, anatomy, swapper, step, context_length)
     verify(model, expected)
     return model
 

@@ -36,7 +36,7 @@ class Runner:
         positions: list[int] = []
         cache_slots: list[int] = []
         keep: list[int] = []
-        kept: list[int] = []
+        tokens, kept = _Runs(), _Runs()
         for row in rows:
             first, stop = len(ids), row.start + len(row.tokens)
             ids += row.tokens
@@ -44,8 +44,9 @@ class Runner:
             cache_slots += self.cache.slots(row.blocks, row.start, stop)
             predicting = _predicting(row)
             keep += [first + i for i in predicting]
-            kept.append(len(predicting))
-        slots = [row.slot for row in rows]
+            passive = row.active_from - row.start
+            tokens.add(row.slot, passive, len(row.tokens))
+            kept.add(row.slot, sum(i < passive for i in predicting) if passive > 0 else 0, len(predicting))
         lens = [len(row.tokens) for row in rows]
         return StepInputs(
             ids=index_tensor(ids, device).unsqueeze(0),
@@ -54,10 +55,27 @@ class Runner:
             rows=AttentionRows.build(
                 lens, [row.start + len(row.tokens) for row in rows], [row.blocks for row in rows], device
             ),
-            segments=Segments.build(slots, lens, device),
+            segments=Segments.build(tokens.slots, tokens.lens, device),
             keep=index_tensor(keep, device),
-            kept=Segments.build(slots, kept, device),
+            kept=Segments.build(kept.slots, kept.lens, device),
         )
+
+
+class _Runs:
+    """Adapter slots and token counts of consecutive runs of the flat batch."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+        self.lens: list[int] = []
+
+    def add(self, slot: int, passive: int, count: int) -> None:
+        """`count` tokens of one row, the first `passive` of them (if any) before its adapter becomes active."""
+        if passive > 0:
+            self.slots.append(0)
+            self.lens.append(min(passive, count))
+            count -= min(passive, count)
+        self.slots.append(slot)
+        self.lens.append(count)
 
 
 def _predicting(row: RowPlan) -> list[int]:

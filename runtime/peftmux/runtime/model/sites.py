@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.base import LinearSite
+from peftmux.kernels.embedding import EmbeddingSite
 from peftmux.kernels.lowrank import LowRankSite
+from peftmux.kernels.rows import RowsSite
 from peftmux.runtime.model.dense import PackedDense, PlainDense, stack
 from peftmux.runtime.model.step import StepState
 
@@ -35,6 +37,8 @@ class SiteGroup:
         self.sizes = [s.out_features for s in sites]
         self.dense = dense(weight, bias)
         self.lowrank = LowRankSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
+        self.rows = RowsSite(weight.dtype, weight.device)
+        """Used where the group is one site."""
         self.biases = tuple(biases)
         self._step = step
         self._segments = attrgetter(segments)
@@ -42,15 +46,45 @@ class SiteGroup:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., N], the slices of all sites side by side."""
         y = self.dense(x)
-        if not self.lowrank.empty:
-            segments = self._segments(self._step.inputs)
-            self.lowrank.apply(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), segments)
+        if not (self.lowrank.empty and self.rows.empty):
+            self._adapt(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
         return y
+
+    def _adapt(self, y: Tensor, x: Tensor) -> None:
+        segments = self._segments(self._step.inputs)
+        if not self.rows.empty:
+            self.rows.apply(y, x, segments)
+        self.lowrank.apply(y, x, segments)
 
     def weight(self, index: int) -> Tensor:
         """[out, in] of one site."""
         part: Tensor = self.dense.weight().split(self.sizes)[index]
         return part
+
+
+class SiteEmbedding(nn.Module):
+    """Stands where the input embedding stood, and keeps its own forward (some scale what they look up)."""
+
+    def __init__(self, base: nn.Module, step: StepState) -> None:
+        super().__init__()
+        self.base = base
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        self.site = EmbeddingSite(weight.device)
+        self._step = step
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base(ids)
+        if not self.site.empty:
+            self.site.apply(y.view(-1, y.shape[-1]), ids.view(-1), self._step.inputs.segments)
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """For model code that reads a layer's weight (its dtype, as a rule)."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
 
 class SiteLinear(nn.Module):

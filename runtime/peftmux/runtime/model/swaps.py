@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from peftmux.adapters.base import LinearSite
 from peftmux.kernels.elementwise import choose_elementwise
+from peftmux.kernels.embedding import EmbeddingSite
 from peftmux.runtime.model.dense import PackedDense, PlainDense
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.rotary import swap_rotary
-from peftmux.runtime.model.sites import SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
+from peftmux.runtime.model.sites import SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
 from peftmux.runtime.model.step import StepState
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -40,9 +41,12 @@ class Swapper:
         self._fast = choose_elementwise(model.device, model.dtype)
         self._head = model.get_output_embeddings()
         self.sites: dict[str, SiteRef] = {}
+        self.embedding: EmbeddingSite | None = None
+        """None where the model's input embedding is more than a table."""
 
     def run(self) -> None:
         swap_rotary(self._model, self._fast)
+        self._swap_embedding()
         for path, parent in list(self._model.named_modules()):
             self._swap_siblings(path, parent)
             for name, child in list(parent.named_children()):
@@ -51,6 +55,13 @@ class Swapper:
                     setattr(parent, name, SiteLinear(self._group([full], [child])))
                 elif is_rms_norm(child):
                     setattr(parent, name, FastRMSNorm(child, self._fast))
+
+    def _swap_embedding(self) -> None:
+        table = self._model.get_input_embeddings()
+        if type(table) is nn.Embedding:
+            swapped = SiteEmbedding(table, self._step)
+            self._model.set_input_embeddings(swapped)
+            self.embedding = swapped.site
 
     def _swap_siblings(self, path: str, parent: nn.Module) -> None:
         for names in _SIBLINGS:

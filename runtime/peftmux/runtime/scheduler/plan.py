@@ -41,6 +41,8 @@ class RowPlan:
     """Every real token of the row (prompt and generated); filled only where a penalty needs it."""
     prompt_length: int
     """How many of `history` are the prompt's."""
+    active_from: int = 0
+    """Cache position from which the slot's adapter applies; before it the base model runs."""
 
 
 @dataclass(frozen=True, slots=True)

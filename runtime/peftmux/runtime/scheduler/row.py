@@ -53,6 +53,8 @@ class NewRow:
     """Share of service that its fairness key gets beside others'."""
     arrival: float = 0.0
     """Seconds on any one clock; earlier goes first inside a fairness key."""
+    active_from: int = 0
+    """Cache position from which the slot's adapter applies; the salt names it too, since it changes the cache."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -186,6 +188,7 @@ class Row:
             new.end_token_ids if len(tokens) - self.prompt_end < new.min_tokens else (),
             tuple(tokens[self.num_virtual :]) if self.wants_history else (),
             len(new.prompt),
+            new.active_from,
         )
 
     def _blocks_until(self, end: int) -> tuple[int, ...]:

@@ -96,7 +96,8 @@ def describe(error: Exception) -> Failure:
     if isinstance(error, adapters.AdapterInvalid):
         reason = error.reason
     retry_after = error.retry_after if isinstance(error, runtime.RuntimeFailure) else None
-    return Failure(code, reason, str(error), _violations(error), retry_after)
+    message = f"{error.field}: {error}" if isinstance(error, runtime.InvalidRequest) else str(error)
+    return Failure(code, reason, message, _violations(error), retry_after)
 
 
 def _violations(error: Exception) -> tuple[Violation, ...]:
