@@ -39,7 +39,7 @@ def byte_level() -> Tokenizer:
 
 def byte_fallback() -> Tokenizer:
     """As Llama 2's: words begin with a marked space, what is not in the vocabulary is spelt in bytes."""
-    words = ["▁", "▁▁", "▁Hello", "▁world", "lo", "▁", "s", "a", "▁a", ".", "日", "\ufffd"]
+    words = ["▁", "▁▁", "▁Hello", "▁world", "lo", "▁", "s", "a", "▁a", ".", "日", "\ufffd", ""]
     pieces = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(words)]
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
@@ -197,6 +197,12 @@ def test_leading_spaces_are_the_tokenizers():
     tokenizer = tokenizer_of("byte_fallback")
     ids = tokenizer.convert_tokens_to_ids(["▁Hello", "▁world", "▁", "▁a"])
     assert stream(tokenizer, ids)[0] == ["Hello", " world", " ", " a", ""]
+
+
+def test_a_piece_without_text_does_not_disturb_spaces():
+    tokenizer = tokenizer_of("byte_fallback")
+    ids = tokenizer.convert_tokens_to_ids(["▁Hello", "", "▁world"])
+    assert stream(tokenizer, ids)[0] == ["Hello", "", " world", ""]
 
 
 def test_special_tokens_have_no_text_and_do_not_disturb_spaces():

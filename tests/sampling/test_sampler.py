@@ -181,6 +181,13 @@ def test_equal_scores_at_the_border_all_stay():
         assert set(ids[0][kept[0].isfinite()].tolist()) == {0, 1, 2, 3}
 
 
+def test_equal_scores_stay_beyond_the_first_width_too():
+    scores = torch.full((1, 400), -9.0)
+    scores[0, 0], scores[0, 50:250] = 0.0, -1.0
+    ((_, kept, _),) = filtered(scores, [SamplingParams(top_k=2)])
+    assert kept.isfinite().sum() == 201
+
+
 def test_suppressed_tokens_are_not_drawn_even_when_biased(plan):
     logits = torch.zeros(1, 8)
     logits[0, 5] = 50.0
