@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from peftmux.cli import values
 from peftmux.cli.errors import CommandError
@@ -26,6 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str]) -> int:
+    """Serve until SIGTERM or SIGINT, then end the process with status 0; returns (or raises) only before that."""
     parser, settings = build_parser()
     args = parse(parser, settings, argv, os.environ)
     if args.model is None:
@@ -37,8 +38,19 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     asyncio.run(_serve(args))
-    return 0
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End at once: the drain has left nothing open, and taking torch's modules apart would add seconds to the grace."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, Settings]:

@@ -128,9 +128,8 @@ class Server:
             await asyncio.wait_for(self._engine.drain(grace), grace + 2 * _LAST_WORDS)
         except TimeoutError:
             logger.error("the engine did not end its requests within the grace; closing their calls")
-        await self._server.stop(_LAST_WORDS)
-        if self._port is not None:
-            await asyncio.to_thread(self._port.close)
+        closing = [] if self._port is None else [asyncio.to_thread(self._port.close)]
+        await asyncio.gather(self._server.stop(_LAST_WORDS), *closing)
 
     def _listen(self, address: str) -> str:
         host = address.rpartition(":")[0]
