@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from peftmux.runtime.params import (
     TokenLogprob,
     Usage,
 )
+from peftmux.runtime.scheduler import StepPlan, StepResult
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -142,3 +144,46 @@ async def check_quiet(engine: LocalEngine, usage: float = 0.0) -> None:
     assert (stats.running, stats.waiting, engine._open) == (0, 0, 0)
     assert stats.kv_cache_usage == usage
     assert all(adapter.requests_in_flight == 0 for adapter in stats.adapters)
+
+
+class StepGate:
+    """Stands around an engine's runner: counts steps, and holds them or makes them fail on demand."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._runner = engine._core._runner
+        self._run = self._runner.run
+        self._open = threading.Event()
+        self._open.set()
+        self.entered = 0
+        self.failures: list[Exception] = []
+        """Raised by the next steps, one each."""
+        self._runner.run = self._gated  # type: ignore[method-assign]
+
+    def _gated(self, plan: StepPlan) -> StepResult:
+        self.entered += 1
+        self._open.wait(30)
+        if self.failures:
+            raise self.failures.pop(0)
+        return self._run(plan)
+
+    def hold(self) -> None:
+        """The next step waits at its beginning, and with it all that comes after."""
+        self._open.clear()
+
+    def release(self) -> None:
+        self._open.set()
+
+    async def step_begins(self) -> None:
+        """Returns when a step that was not under way is at the gate."""
+        before = self.entered
+        await until(lambda: self.entered > before)
+
+    def remove(self) -> None:
+        self.release()
+        self._runner.run = self._run  # type: ignore[method-assign]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)
