@@ -82,8 +82,20 @@ def test_a_cache_that_others_can_write_is_refused(tmp_path: Path, monkeypatch: p
 
 
 def _touch(target: Path) -> None:
-    target.parent.mkdir(mode=0o700)
     target.touch(mode=0o600)
+
+
+def test_the_build_command_leaves_every_level_beside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "lib")
+    monkeypatch.setattr(build, "find_compiler", lambda: "compiler")
+    monkeypatch.setattr(build, "compiler_version", lambda compiler: "1")
+    monkeypatch.setattr(build, "compile_library", lambda compiler, level, target: target.touch())
+    monkeypatch.setattr(sys, "argv", ["build"])
+    build.main()
+    made = {build.prebuilt_path(level) for level in levels.buildable()}
+    assert set((tmp_path / "lib").iterdir()) == made
 
 
 @needs_compiler

@@ -50,8 +50,8 @@ def compiler_version(compiler: str) -> str:
 
 
 def compile_library(compiler: str, level: Level, target: Path) -> None:
-    """Write the library of this level to `target`, at once or not at all. Raises BuildError."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Write the library of this level to `target`, at once or not at all. Raises BuildError, or OSError where the
+    folder cannot be written."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         made = Path(folder) / target.name
         units = [str(p) for p in sorted(SOURCES.glob("*.cpp"))]
@@ -81,6 +81,7 @@ def prebuilt_path(level: Level) -> Path:
 def main() -> None:
     argparse.ArgumentParser(prog="python -m peftmux.kernels.native.build", description=__doc__).parse_args()
     compiler = find_compiler()
+    PREBUILT.mkdir(exist_ok=True)
     print(f"{compiler}: {compiler_version(compiler)}")
     for level in buildable():
         compile_library(compiler, level, prebuilt_path(level))

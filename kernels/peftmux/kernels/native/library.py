@@ -124,6 +124,7 @@ def find_or_compile(level: Level) -> Path:
     key = hashlib.sha256(compiler_version(compiler).encode()).hexdigest()[:8]
     path = cache_folder() / f"peftmux-{source_digest()}-{key}-{level.name}.so"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         compile_library(compiler, level, path)
     _refuse_foreign(path)
     return path

@@ -224,13 +224,31 @@ void add_tail(const Terms<T>& s, T* y, int n) {
   store(y, finish(load(y, n), acc, s.out_scale, s.bias, n), n);
 }
 
-template <class T, int C>
-void add_rows(const Terms<T>& s, T* const* y, int rows, int column, Ahead ahead) {
-  Terms<T> at = s;
-  int m = 0;
-  for (; m + Y_ROWS <= rows; m += Y_ROWS, at.t = s.t + m, ahead.next = nullptr)
-    add_tile<T, Y_ROWS, C>(at, y + m, column, ahead);
-  for (; m < rows; ++m, at.t = s.t + m, ahead.next = nullptr) add_tile<T, 1, C>(at, y + m, column, ahead);
+// M rows, all columns of the unit that begins at `column`; s as for the first row, `ahead` as for the first tile of rows.
+template <class T, int M>
+void add_rows(Terms<T> s, const Slot& slot, T* const* y, const T* panel, int column, int end, Ahead ahead) {
+  for (; column < end; column += PANEL) {
+    int width = std::min(PANEL, end - column), c = 0;
+    s.b_stride = width;
+    auto at = [&](int offset) {
+      s.b = panel + offset;
+      s.out_scale = slot.out_scale ? slot.out_scale + column + offset : nullptr;
+      s.bias = slot.out_scale ? slot.bias + column + offset : nullptr;
+      return column + offset;
+    };
+    for (; c + VECTORS * W <= width; c += VECTORS * W) {
+      add_tile<T, M, VECTORS>(s, y, at(c), ahead);
+      if (ahead.next) ahead.next += (int64_t)s.ranks * VECTORS * W * sizeof(T);
+    }
+    for (; c + W <= width; c += W) add_tile<T, M, 1>(s, y, at(c), Ahead{});
+    if (c < width) {
+      at(c);
+      const float* t = s.t;
+      for (int m = 0; m < M; ++m, ++s.t) add_tail<T>(s, y[m] + column + c, width - c);
+      s.t = t;
+    }
+    panel += (int64_t)s.ranks * width;
+  }
 }
 
 template <class T>
@@ -241,35 +259,18 @@ void expand(const Site& site, const Plan& plan, int unit, T* y, int64_t y_stride
   T* rows[ROWS];
   int count = std::min(ROWS, g.count - u.row);
   for (int m = 0; m < count; ++m) rows[m] = y + plan.tokens[g.first + u.row + m] * y_stride;
-  int first_rank = u.slice ? slot.rank_ends[u.slice - 1] : 0, end = site.slice_ends[u.slice];
-  Terms<T> s;
+  int first_rank = u.slice ? slot.rank_ends[u.slice - 1] : 0;
+  int end = std::min(u.column + COLUMNS, site.slice_ends[u.slice]);
+  Terms<T> s{};
   s.t = plan.t.data() + g.offset + (int64_t)first_rank * g.count + u.row;
   s.t_stride = g.count;
   s.ranks = slot.rank_ends[u.slice] - first_rank;
-  const T* panel = (const T*)u.b;
+  const T* b = (const T*)u.b;
   Ahead ahead{unit + 1 < (int)plan.expand.size() ? (const char*)plan.expand[unit + 1].b : nullptr};
-  for (int begin = u.column; begin < std::min(u.column + COLUMNS, end); begin += PANEL) {
-    int width = std::min(PANEL, end - begin), c = 0;
-    s.b_stride = width;
-    auto at = [&](int column) {
-      s.b = panel + column;
-      s.out_scale = slot.out_scale ? slot.out_scale + begin + column : nullptr;
-      s.bias = slot.out_scale ? slot.bias + begin + column : nullptr;
-      return begin + column;
-    };
-    for (; c + VECTORS * W <= width; c += VECTORS * W) {
-      add_rows<T, VECTORS>(s, rows, count, at(c), ahead);
-      if (ahead.next) ahead.next += (int64_t)s.ranks * VECTORS * W * sizeof(T);
-    }
-    for (; c + W <= width; c += W) add_rows<T, 1>(s, rows, count, at(c), Ahead{});
-    if (c < width) {
-      at(c);
-      const float* t = s.t;
-      for (int m = 0; m < count; ++m, ++s.t) add_tail<T>(s, rows[m] + begin + c, width - c);
-      s.t = t;
-    }
-    panel += (int64_t)s.ranks * width;
-  }
+  int m = 0;
+  for (; m + Y_ROWS <= count; m += Y_ROWS, s.t += Y_ROWS, ahead.next = nullptr)
+    add_rows<T, Y_ROWS>(s, slot, rows + m, b, u.column, end, ahead);
+  for (; m < count; ++m, ++s.t, ahead.next = nullptr) add_rows<T, 1>(s, slot, rows + m, b, u.column, end, ahead);
 }
 
 template <class T>
