@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
+from random import Random
+from typing import Any
 
 import grpc
 import pytest
@@ -329,3 +331,32 @@ async def test_many_streams_at_once(served: Served):
     texts = await asyncio.gather(*(whole(count) for count in range(1, 65)))
     assert texts == ["".join(f"<{i}>" for i in range(count)) for count in range(1, 65)]
     assert served.engine.created == served.engine.released == 64
+
+
+async def test_random_bytes_never_harm(served: Served):
+    """Whatever arrives is answered: with a result, or with a documented code."""
+    random = Random(7)
+    good = stream_ids(max_tokens=2, sampling=pb.SamplingParams(top_p=0.5), adapter="a").SerializeToString()
+    call: Any = served.channel.unary_unary("/peftmux.v1.InferenceService/Generate", request_serializer=bytes)
+
+    async def send(raw: bytes) -> grpc.StatusCode:
+        try:
+            await call(raw)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return CODE.OK
+
+    def mutate() -> bytes:
+        raw = bytearray(good)
+        for _ in range(random.randrange(1, 4)):
+            raw[random.randrange(len(raw))] = random.randrange(256)
+        return bytes(raw)
+
+    codes = set()
+    for _ in range(20):
+        raws = [mutate() if random.random() < 0.7 else random.randbytes(random.randrange(40)) for _ in range(50)]
+        codes |= set(await asyncio.gather(*map(send, raws)))
+    assert codes <= {CODE.OK, CODE.INVALID_ARGUMENT, CODE.NOT_FOUND, CODE.UNIMPLEMENTED}
+    assert CODE.INVALID_ARGUMENT in codes
+    assert (await served.inference.Generate(ids())).text == "<0><1><2>"
+    assert served.engine.created == served.engine.released
