@@ -222,6 +222,20 @@ def test_options_that_fit_nothing_are_refused(config: dict[str, Any], message: s
         attach("lora", build_model("llama"), config)
 
 
+def test_expert_weights_left_out_are_said():
+    (note,) = attach("lora", build_model("mixtral")).notes
+    assert note.startswith("4 stacked expert weights, e.g. model.layers.0.mlp.experts.")
+    assert attach("lora", build_model("llama")).notes == ()
+
+
+def test_dora_refuses_a_weight_of_norm_zero():
+    model = build_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = 0
+    with pytest.raises(OptionError, match="this base has a zero"):
+        attach("dora", model)
+
+
 def test_a_base_that_ignores_its_past_is_refused_for_prefixes():
     from transformers import AutoModelForCausalLM, MambaConfig
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
-from peftmux.trainer import OptionError, train
+from peftmux.trainer import OptionError, TrainerError, train
 from peftmux.trainer.data import file_digest
 from peftmux.trainer.methods import METHODS
 from tests.trainer.lowered import lowered_logits
@@ -96,8 +96,8 @@ def test_a_resumed_run_ends_with_the_same_bits(method: str, qwen2: Path, rows: P
 def test_resuming_something_else_is_refused(qwen2: Path, rows: Path, tmp_path: Path):
     saving = {**QUICK, "save_strategy": "steps", "save_steps": 4}
     run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", "training": saving}
-    with pytest.raises(OptionError, match="resume: found no complete checkpoint"):
-        train("lora", **run, resume=True)
+    with pytest.raises(OptionError, match=r"resume: found no complete checkpoint in .*a\.checkpoints"):
+        train("lora", **{**run, "training": QUICK}, resume=True)
     train("lora", **run)
     with pytest.raises(OptionError, match=r"written with options .*'r': 8.*, got .*'r': 4"):
         train("lora", **run, config={"r": 4}, resume=True, overwrite=True)
@@ -127,6 +127,20 @@ def test_early_stopping_keeps_the_best(qwen2: Path, rows: Path, tmp_path: Path):
     )
     assert result.steps < 60, "at this rate the loss must rise soon"
     assert result.metrics["eval_loss"] == pytest.approx(min(losses))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "eval.jsonl"]
+
+
+def test_a_run_that_diverges_writes_nothing(qwen2: Path, rows: Path, tmp_path: Path):
+    training = {**QUICK, "learning_rate": 1e30, "max_grad_norm": 0.0}
+    with pytest.raises(TrainerError, match=r"the run diverged .* try a lower learning rate"):
+        train("lora", model=qwen2, data=rows, out=tmp_path / "a", training=training)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_like_length_can_share_a_batch(qwen2: Path, tmp_path: Path):
+    data = write_rows(tmp_path / "d.jsonl", [{"text": "ab" * (1 + i % 7)} for i in range(32)])
+    training = {**QUICK, "train_sampling_strategy": "group_by_length"}
+    assert train("lora", model=qwen2, data=data, out=tmp_path / "a", training=training).steps == 6
 
 
 def test_gradient_checkpointing_changes_no_number(qwen2: Path, rows: Path, tmp_path: Path):

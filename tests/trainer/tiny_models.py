@@ -12,12 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from peftmux.trainer.data import Example, PaddingCollator
@@ -36,6 +40,7 @@ HEADS: dict[str, Any] = {
     "intermediate_size": 48,
     "max_position_embeddings": 128,
 }
+LAYERS = ["sliding_attention", "full_attention"]
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**COMMON, **HEADS),
     "llama-biased": LlamaConfig(**COMMON, **HEADS, attention_bias=True, mlp_bias=True),
@@ -50,6 +55,12 @@ CONFIGS: dict[str, Any] = {
         ffn_dim=48,
         num_attention_heads=4,
         max_position_embeddings=128,
+    ),
+    "mistral": MistralConfig(**COMMON, **HEADS, sliding_window=8),
+    "qwen3": Qwen3Config(**COMMON, **HEADS, head_dim=8),
+    "mixtral": MixtralConfig(**COMMON, **HEADS, num_local_experts=3),
+    "gemma3": Gemma3TextConfig(
+        **COMMON, **HEADS, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, layer_types=LAYERS
     ),
     "gemma2": Gemma2Config(**COMMON, **HEADS, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
 }
@@ -99,11 +110,12 @@ def teach(model: Any, rows: list[dict[str, str]], steps: int = 250) -> None:
     """Full training on {prompt, completion} rows, until the model does what they ask."""
     tokenizer, draw = build_tokenizer(), random.Random(0)
     ids = [(tokenizer(r["prompt"])["input_ids"], tokenizer(r["completion"])["input_ids"] + [2]) for r in rows]
-    examples = [Example(p + c, [-100] * len(p) + c) for p, c in ids]
+    examples = [Example(p + c, [-100] * len(p) + c).feature() for p, c in ids]
+    collate = PaddingCollator(0, crop_logits=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for _ in range(steps):
-        model(**PaddingCollator(0, crop_logits=True)(draw.sample(examples, 32))).loss.backward()
+        model(**collate(draw.sample(examples, 32))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

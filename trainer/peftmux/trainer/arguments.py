@@ -22,16 +22,19 @@ REPORTED = (
 
 def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_rate: float) -> TrainingArguments:
     """`learning_rate` is the method's default. Raises OptionError for an unknown name or a refused value."""
-    values = {**_defaults(options, given), "learning_rate": learning_rate, **given}
+    values = {**_defaults(options, given), "learning_rate": learning_rate, **given, "remove_unused_columns": False}
     if "warmup_ratio" in values:
         values["warmup_steps"] = _warmup_share(values.pop("warmup_ratio"))
-    saves = str(values["save_strategy"]) != "no"
+    saves = options.resume or str(values["save_strategy"]) != "no"
     # Without checkpoints the Trainer writes nothing, but wants a folder that exists.
     values.setdefault("output_dir", f"{options.out}.checkpoints" if saves else tempfile.gettempdir())
     try:
-        return TrainingArguments(**values)
+        args = TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise OptionError("training arguments", str(error)) from error
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # one process takes one GPU; torchrun or accelerate launch takes them all
+    return args
 
 
 def reported_arguments(args: TrainingArguments, given: Mapping[str, Any]) -> dict[str, object]:
@@ -49,7 +52,6 @@ def _defaults(options: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
     }
     if options.early_stopping_patience is not None:  # the best is kept as a checkpoint, so each evaluation saves one
         values |= {

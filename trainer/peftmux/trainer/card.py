@@ -43,6 +43,7 @@ class CardFacts:
     base_parameters: int
     data: DataFacts
     eval_data: DataFacts | None = None
+    notes: tuple[str, ...] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -62,6 +63,7 @@ def model_card(facts: CardFacts) -> str:
         f"# {facts.method} adapter for {Path(facts.base_model).name}",
         "",
         f"{facts.trained_parameters:,} trained parameters, {share:.2f} % of the base's {facts.base_parameters:,}.",
+        *facts.notes,
         "",
         "## Data",
         "",

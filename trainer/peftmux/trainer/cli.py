@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"peftmux train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("peftmux train: interrupted, nothing written", file=sys.stderr)
+        print("peftmux train: interrupted: no adapter written", file=sys.stderr)
         return 130
 
 

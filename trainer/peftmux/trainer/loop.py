@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from peftmux.trainer.arguments import reported_arguments, training_arguments
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
 from peftmux.trainer.data import PaddingCollator, encode_rows, file_digest, read_rows
-from peftmux.trainer.errors import OptionError
+from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.export import export_adapter
 from peftmux.trainer.huggingface_trainer import AdapterTrainer, newest_checkpoint
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
@@ -74,6 +75,7 @@ def run_training(
     trainer = _trainer(method, options, config, ready, callbacks)
     metrics = _train(trainer, options)
     ready.model.eval()
+    _check_finite(ready.adapter)
     digest = ""
     if ready.args.should_save:  # one process of several
         facts = CardFacts(
@@ -86,8 +88,11 @@ def run_training(
             base_parameters=ready.base_parameters,
             data=ready.data,
             eval_data=ready.eval_data,
+            notes=ready.adapter.notes,
         )
         digest = export_adapter(ready.adapter, options.model, options.out, model_card(facts))
+    if options.early_stopping_patience and not {"save_strategy", "output_dir"} & training.keys():
+        shutil.rmtree(ready.args.output_dir or "", ignore_errors=True)  # written only to come back to the best
     steps = trainer.state.global_step
     return TrainResult(Path(options.out), digest, steps, metrics, ready.model, ready.tokenizer, ready.adapter)
 
@@ -140,11 +145,17 @@ def _trainer(
         {"method": method.name, "options": dataclasses.asdict(config), "data": data.sha256, "seed": args.seed},
         model=ready.model,
         args=args,
-        train_dataset=data.encoded.examples,
-        eval_dataset=ready.eval_data.encoded.examples if ready.eval_data else None,
+        train_dataset=data.encoded.features(),
+        eval_dataset=ready.eval_data.encoded.features() if ready.eval_data else None,
         data_collator=_collator(ready.model, ready.tokenizer),
         callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
     )
+
+
+def _check_finite(adapter: AttachedAdapter) -> None:
+    for name, parameter in adapter.parameters.items():
+        if not parameter.isfinite().all():
+            raise TrainerError(f"the run diverged ({name} is not finite): nothing written; try a lower learning rate")
 
 
 def _collator(model: Any, tokenizer: Any) -> PaddingCollator:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from peftmux.trainer.data.encode import IGNORED, Example
+from peftmux.trainer.data.encode import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,18 @@ class PaddingCollator:
     pad_id: int
     crop_logits: bool
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        longest = max(len(e.input_ids) for e in examples)
-        ids = np.full((len(examples), longest), self.pad_id, dtype=np.int64)
-        labels = np.full((len(examples), longest), IGNORED, dtype=np.int64)
-        for row, example in enumerate(examples):
-            ids[row, : len(example.input_ids)] = example.input_ids
-            labels[row, : len(example.labels)] = example.labels
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """`features` as Example.feature() gives them."""
+        longest = max(len(f["input_ids"]) for f in features)
+        ids = np.full((len(features), longest), self.pad_id, dtype=np.int64)
+        labels = np.full((len(features), longest), IGNORED, dtype=np.int64)
+        for row, feature in enumerate(features):
+            ids[row, : len(feature["input_ids"])] = feature["input_ids"]
+            labels[row, : len(feature["labels"])] = feature["labels"]
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
         if self.crop_logits:
             # The token at i is predicted at i - 1, so the logits from first_label - 1 on are needed.
-            keep = longest - min(e.first_label for e in examples) + 1
+            keep = longest - min(f["first_label"] for f in features) + 1
             batch["labels"] = batch["labels"][:, longest - keep :]
             batch["logits_to_keep"] = keep
         return batch

@@ -24,10 +24,13 @@ class Example:
     input_ids: list[int]
     labels: list[int]
 
-    @property
-    def first_label(self) -> int:
-        """Index of the first learned token that some token precedes (position 0 is never predicted)."""
-        return next(i for i, label in enumerate(self.labels) if i and label != IGNORED)
+    def feature(self) -> dict[str, Any]:
+        """As the Trainer's samplers and the collator take it.
+
+        first_label: index of the first learned token that some token precedes (position 0 is never predicted).
+        """
+        first = next(i for i, label in enumerate(self.labels) if i and label != IGNORED)
+        return {"input_ids": self.input_ids, "labels": self.labels, "first_label": first}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,9 @@ class EncodedData:
     format: str
     truncated: int = 0
     dropped: int = 0
+
+    def features(self) -> list[dict[str, Any]]:
+        return [example.feature() for example in self.examples]
 
     @property
     def tokens(self) -> int:

@@ -32,6 +32,8 @@ class AttachedAdapter(ABC):
 
     kind: str
     parameters: Mapping[str, nn.Parameter]
+    notes: tuple[str, ...] = ()
+    """What the user should know of this method on this base."""
 
     @abstractmethod
     def peft_config(self) -> dict[str, object]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftmux.adapters.methods.dora import dora_out_scale
 from peftmux.kernels.lowrank import LinearPart
+from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import Method
 from peftmux.trainer.methods.linear import weight_out_in
 from peftmux.trainer.methods.lora import LoraConfig, LoraLinear, attach_lora, default_learning_rate
@@ -22,7 +23,12 @@ class DoraLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
         super().__init__(base_layer, rank, scale, drop, generator)
-        self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight_out_in(base_layer).float(), dim=1))
+        norm = torch.linalg.vector_norm(weight_out_in(base_layer).float(), dim=1)
+        if not norm.all():
+            raise OptionError(
+                "method", "dora divides by the norm of each output feature's weight; this base has a zero"
+            )
+        self.magnitude = nn.Parameter(norm)
 
     def part(self) -> LinearPart:
         out_scale = self._out_scale()

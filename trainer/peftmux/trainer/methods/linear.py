@@ -62,6 +62,11 @@ class LinearAdapter(AttachedAdapter):
     ) -> None:
         self.kind = kind
         self.modules = {name: build(name, module) for name, module in sites.items()}
+        stacked = [name for name, p in model.named_parameters() if p.ndim == 3]
+        if stacked:
+            self.notes = (
+                f"{len(stacked)} stacked expert weights, e.g. {stacked[0]}, are no linear layers: not adapted",
+            )
         self._model = model
         self._fields = dict(fields)
         model.requires_grad_(False)
