@@ -104,7 +104,8 @@ async def test_log_probabilities_are_as_many_as_asked_for(engine: LocalEngine) -
     assert [entry.token_id for entry in answer.logprobs] == answer.ids == none.ids
     for entry in answer.logprobs:
         assert len(entry.top) == 3
-        assert entry.top[0] == (entry.token_id, pytest.approx(entry.logprob))  # greedy
+        assert entry.top[0][0] == entry.token_id  # greedy
+        assert entry.top[0][1] == pytest.approx(entry.logprob)
         assert entry.top[0][1] >= entry.top[1][1] >= entry.top[2][1]
     assert [len(entry.top) for entry in answer.prompt_logprobs] == [0, 2, 2, 2, 2]
     everything = await ask(engine, request(PROMPT, logprobs=96, max_tokens=1))

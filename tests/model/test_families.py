@@ -12,7 +12,8 @@ from peftmux.runtime.engine.factory import EngineConfig, build_engine
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.errors import UnsupportedModel
-from peftmux.runtime.model.load import LoadedModel, fit_model
+from peftmux.runtime.model.load import fit_model
+from peftmux.runtime.model.loaded import LoadedModel
 from tests.engine.harness import Answer, ask, check_quiet, request
 from tests.model.families import REFUSED, SERVED, build, greedy
 

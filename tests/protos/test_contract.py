@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from google.protobuf.message import Message
+
 from peftmux.v1 import adapters_pb2, inference_pb2
 
 PROTOS = Path(__file__).resolve().parents[2] / "protos"

@@ -20,7 +20,8 @@ from peftmux.runtime.engine.text import Text
 from peftmux.runtime.engine.thread import EngineThread
 from peftmux.runtime.errors import InvalidRequest, UnsupportedModel
 from peftmux.runtime.model.cache import block_bytes
-from peftmux.runtime.model.load import LoadedModel, load_model
+from peftmux.runtime.model.load import load_model
+from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.runner import Runner
 from peftmux.runtime.residency.loader import Loader
 from peftmux.runtime.scheduler import Scheduler

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from peftmux.adapters.parts import LoweredAdapter
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import PagedCache, block_bytes
-from peftmux.runtime.model.load import LoadedModel
+from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sites import SiteGroup
 from peftmux.runtime.scheduler import PrefixBlocks, Scheduler
 

@@ -11,7 +11,7 @@ from peftmux.adapters.base import KVShape
 from peftmux.adapters.parts import KVPrefix
 from peftmux.kernels.attention import choose_attention, copy_blocks
 from peftmux.runtime.model.attention import PagedLayer
-from peftmux.runtime.model.load import LoadedModel
+from peftmux.runtime.model.loaded import LoadedModel
 
 
 def block_bytes(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.model.cache import PagedCache
-from peftmux.runtime.model.load import LoadedModel
+from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sampler import prompt_logprobs, sample
 from peftmux.runtime.model.step import StepInputs, index_tensor
 from peftmux.runtime.params import TokenLogprob

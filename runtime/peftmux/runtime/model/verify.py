@@ -9,7 +9,7 @@ from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.cache import PagedCache
-from peftmux.runtime.model.load import LoadedModel
+from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.step import StepInputs, index_tensor
 
 _LENGTHS = (19, 6)
