@@ -21,10 +21,8 @@ def trainable_summary(adapter: AttachedAdapter, base_parameters: int) -> str:
         sizes[kind] += size
     total = sum(sizes.values())
     width = max(map(len, sizes))
-    lines = [f"  {kind:<{width}}  {counts[kind]:>4} x {size // counts[kind]:>10,}" for kind, size in sizes.items()]
-    share = 100 * total / base_parameters
-    memory = total * OPTIMIZER_BYTES / 2**20
-    footer = f"trainable parameters: {total:,} ({share:.2f} % of {base_parameters:,}), {memory:.1f} MiB"
-    return "\n".join(
-        [f"{adapter.kind}:", *lines, *adapter.notes, f"{footer}, {memory:.1f} MiB with gradients and AdamW's state"]
-    )
+    lines = [f"  {kind:<{width}}  {counts[kind]:>4} places  {size:>12,}" for kind, size in sizes.items()]
+    share, memory = 100 * total / base_parameters, total * OPTIMIZER_BYTES / 2**20
+    footer = f"trainable parameters: {total:,} ({share:.2f} % of {base_parameters:,})"
+    footer += f", {memory:.1f} MiB with gradients and AdamW's state"
+    return "\n".join([f"{adapter.kind}:", *lines, *adapter.notes, footer])
