@@ -180,7 +180,7 @@ class Answer:
     def __init__(self, error: grpc.aio.AioRpcError) -> None:
         self.code = error.code()
         self.message = error.details() or ""
-        trailing = dict(error.trailing_metadata() or ())
+        trailing = {key: value for key, value in error.trailing_metadata() or ()}  # noqa: C416 (no dict() of Metadata)
         self.raw = trailing["grpc-status-details-bin"]
         self.status = status_pb2.Status.FromString(self.raw)
         self.info = self._unpack(error_details_pb2.ErrorInfo())

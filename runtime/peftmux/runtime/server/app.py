@@ -102,9 +102,9 @@ class Server:
         self.grpc_address = self._listen(self._config.grpc)
         if self._config.metrics is not None:
             self._open_metrics(self._config.metrics)
-        await self._server.start()
         if self._health is not None:
             await self._health.start()
+        await self._server.start()
 
     async def run(self, ready: Callable[[Server], None]) -> None:
         """Start, tell `ready`, serve until SIGTERM or SIGINT, then drain."""

@@ -30,8 +30,9 @@ class Health:
         reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
     async def start(self) -> None:
-        await self._set(self._engine_is_healthy())
-        self._watcher = asyncio.create_task(self._watch())
+        healthy = self._engine_is_healthy()
+        await self._set(healthy)
+        self._watcher = asyncio.create_task(self._watch(healthy))
 
     async def leave(self) -> None:
         """NOT_SERVING from now on, whatever the engine says: the drain begins."""
@@ -39,9 +40,7 @@ class Health:
             self._watcher.cancel()
         await self._servicer.enter_graceful_shutdown()
 
-    async def _watch(self) -> None:
-        healthy = self._engine_is_healthy()
-        await self._set(healthy)
+    async def _watch(self, healthy: bool) -> None:
         while True:
             await asyncio.sleep(_PERIOD)
             before, healthy = healthy, self._engine_is_healthy()
