@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -40,6 +41,20 @@ def test_sigterm_finishes_the_short_and_ends_the_long(start: Start):
     assert results["long"].reason == "DRAINING"
     assert results["long"].retry_after is not None
     assert "Traceback" not in "".join(server.errors)
+
+
+def test_a_second_interrupt_does_not_wait(start: Start):
+    server = start("--grace-seconds", "60")
+    with Client(server.grpc, timeout=60, retries=0) as client:
+        stream = client.stream("w1 w2", ignore_eos=True)
+        next(stream)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 130
+        with pytest.raises(Unavailable):
+            list(stream)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Server:
         await self._server.start()
 
     async def run(self, ready: Callable[[Server], None]) -> None:
-        """Start, tell `ready`, serve until SIGTERM or SIGINT, then drain."""
+        """Start, tell `ready`, serve until SIGTERM or SIGINT, then drain. SIGINT while draining ends the process."""
         leave = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -115,6 +116,7 @@ class Server:
         await self.start()
         ready(self)
         await leave.wait()
+        loop.add_signal_handler(signal.SIGINT, os._exit, 130)
         await self.drain()
 
     async def drain(self, grace_seconds: float | None = None) -> None:
