@@ -14,7 +14,8 @@
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 TORCH_INDEX ?=
-PYTEST_ARGS ?= -n 2
+# A file stays on one worker: what its tests share is made once, and what they prove together is proved on any machine.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 GPU_RESULTS ?= benchmarks/results
 

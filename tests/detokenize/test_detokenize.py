@@ -79,7 +79,9 @@ def end_of_word() -> Tokenizer:
 @cache
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     if (FIXTURES / name).is_dir():
-        return AutoTokenizer.from_pretrained(FIXTURES / name)
+        loaded = AutoTokenizer.from_pretrained(FIXTURES / name)
+        assert isinstance(loaded, PreTrainedTokenizerFast)
+        return loaded
     return PreTrainedTokenizerFast(tokenizer_object=globals()[name](), bos_token="<s>", eos_token="</s>")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-KINDS = [
+KINDS: list[dict[str, Any]] = [
     {},
     {"top_k": 20},
     {"top_p": 0.8},

@@ -104,8 +104,8 @@ class Serving:
             self.cells[row.blocks[position // size], position % size] = _cell(new.salt, token, position)
         end = row.start + len(row.tokens)
         cells = [self.cells[row.blocks[p // size], p % size] for p in range(end)]
-        token = _next_token(row.slot, cells) if row.samples and not fails else None
-        return RowResult(row.row, token, None, tuple(TokenLogprob(t, -1.0) for t in row.next_tokens))
+        sampled = _next_token(row.slot, cells) if row.samples and not fails else None
+        return RowResult(row.row, sampled, None, tuple(TokenLogprob(t, -1.0) for t in row.next_tokens))
 
     def _publish(self, got: RowResult) -> None:
         self.reported[got.row] += [entry.token_id for entry in got.prompt_logprobs]

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from peftmux.runtime.scheduler.blocks import BlockPool, IntegrityError
-from peftmux.runtime.scheduler.keys import block_key, root_digest
+from peftmux.runtime.scheduler.keys import BlockKey, block_key, root_digest
 
 ROOT = root_digest(b"", 0)
 
 
-def chain(*tokens: int, salt: bytes = b"") -> list:
+def chain(*tokens: int, salt: bytes = b"") -> list[BlockKey]:
     keys, parent = [], root_digest(salt, 0)
     for token in tokens:
         keys.append(block_key(parent, (token, token)))
@@ -20,7 +20,7 @@ def chain(*tokens: int, salt: bytes = b"") -> list:
     return keys
 
 
-def filled(pool: BlockPool, keys: list) -> list[int]:
+def filled(pool: BlockPool, keys: list[BlockKey]) -> list[int]:
     """Blocks that hold `keys`, taken and registered."""
     blocks = pool.allocate(len(keys))
     for block, key in zip(blocks, keys, strict=True):
