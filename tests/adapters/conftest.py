@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from peftmux.adapters.parts import LoweredAdapter
 from peftmux.adapters.torch_base import TorchBase
-from peftmux.kernels.lowrank import LinearPart, apply_linear_part
+from peftmux.kernels.embedding import apply_embedding_part
+from peftmux.kernels.lowrank import apply_linear_part
+from peftmux.kernels.rows import apply_replaced_rows
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -55,18 +57,23 @@ def adapted_logits() -> Any:
 
 
 @contextmanager
-def _linear_parts(module: nn.Module, adapter: LoweredAdapter) -> Iterator[None]:
-    """Within it, every linear site of `module` also does what the adapter says."""
+def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[None]:
+    """Within it, `module` also does what the adapter says to rows `ids` [rows, T]."""
+    active = _active(ids, adapter.invocation).flatten().unsqueeze(-1)  # [rows * T, 1]
 
-    def hook(part: LinearPart) -> Any:
-        def change(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0]
-            flat = apply_linear_part(output.reshape(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), part)
-            return flat.view_as(output)
+    def hook(change: Any, part: Any) -> Any:
+        def changed(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            y = output.reshape(-1, output.shape[-1])
+            x = inputs[0].reshape(-1) if change is apply_embedding_part else inputs[0].reshape(len(y), -1)
+            return torch.where(active, change(y, x, part), y).view_as(output)
 
-        return change
+        return changed
 
-    handles = [module.get_submodule(s).register_forward_hook(hook(p)) for s, p in adapter.linear.items()]
+    sites: list[tuple[str, Any, Any]] = [(s, apply_replaced_rows, p) for s, p in adapter.rows.items()]
+    sites += [(s, apply_linear_part, p) for s, p in adapter.linear.items()]
+    if adapter.embedding is not None:
+        sites.append((TorchBase(module).embedding, apply_embedding_part, adapter.embedding))
+    handles = [module.get_submodule(s).register_forward_hook(hook(change, p)) for s, change, p in sites]
     try:
         yield
     finally:
@@ -74,10 +81,20 @@ def _linear_parts(module: nn.Module, adapter: LoweredAdapter) -> Iterator[None]:
             handle.remove()
 
 
+def _active(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:
+    """[rows, T]: from each row's last occurrence of the invocation on; never where a row has none."""
+    if not invocation:
+        return torch.ones_like(ids, dtype=torch.bool)
+    starts = ids.unfold(1, len(invocation), 1).eq(torch.tensor(invocation)).all(-1)  # [rows, T - n + 1]
+    starts = torch.nn.functional.pad(starts, (0, len(invocation) - 1))
+    later = starts.flip(1).cumsum(1).flip(1)  # occurrences at or after each token
+    return ((later == 0) | ((later == 1) & starts)).logical_and(starts.any(1, keepdim=True))
+
+
 @torch.no_grad()
 def _logits(module: Any, adapter: LoweredAdapter, ids: Tensor) -> Tensor:
     """The adapted model's logits for unpadded rows `ids` [rows, T]: [rows, T, vocabulary]."""
-    with _linear_parts(module, adapter):
+    with _parts(module, adapter, ids):
         if adapter.prefix is None:
             plain: Tensor = module(input_ids=ids).logits
             return plain

@@ -293,7 +293,6 @@ LORA: dict[str, tuple[Reason, str, Damage]] = {
         edit_config(target_parameters=["experts.down_proj"]),
     ),
     "replicated layers": (Reason.UNSUPPORTED_FIELD, "field layer_replication", edit_config(layer_replication=[[0, 2]])),
-    "tied": (Reason.UNSUPPORTED_FIELD, "field ensure_weight_tying", edit_config(ensure_weight_tying=True)),
     "weights replaced": (
         Reason.UNSUPPORTED_FIELD,
         "field init_lora_weights",
@@ -313,7 +312,12 @@ LORA: dict[str, tuple[Reason, str, Damage]] = {
     ),
     "targets numbers": (Reason.INVALID_FIELD, "field target_modules", edit_config(target_modules=[1])),
     "targets nothing here": (Reason.NO_SITES, "c_attn", edit_config(target_modules="c_attn")),
-    "targets an embedding": (Reason.UNSUPPORTED_SITE, "embed_tokens", edit_config(target_modules=["embed_tokens"])),
+    "targets an embedding without tensors": (
+        Reason.MISSING_TENSOR,
+        "embed_tokens.lora_embedding_A [any, 96]",
+        edit_config(target_modules=["embed_tokens"]),
+    ),
+    "targets a norm": (Reason.UNSUPPORTED_SITE, "model.norm", edit_config(target_modules=["model.norm"])),
     "not a regular expression": (Reason.INVALID_FIELD, "regular expression", edit_config(target_modules="(q_proj")),
     "regular expression without end": (
         Reason.INVALID_FIELD,

@@ -11,22 +11,12 @@ from torch import Tensor
 from tests.engine.harness import FIXTURES
 
 REFUSED = {
-    "llama": {
-        "ia3",
-        "lora.seq_cls",
-        "lora_alora",
-        "lora_bdlora",
-        "lora_dora_embed",
-        "lora_embed",
-        "lora_embed_lmhead",
-        "lora_modules_to_save",
-        "lora_trainable_tokens",
-        "prefix.seq_cls",
-        "prompt_random",
-    },
+    "llama": {"ia3", "lora.seq_cls", "lora_bdlora", "prefix.seq_cls", "prompt_random"},
     "qwen2": set[str](),
 }
 """Folders of kinds that are not served, or not by this kind of base."""
+INVOCATION = [9, 10]
+"""Of lora_alora, which leaves a prompt without it to the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +30,12 @@ class Case:
     logprobs: Tensor
     """[T, V] float32."""
     greedy: list[int]
+
+    @property
+    def invoked(self) -> bool:
+        """Whether the adapter does anything to this prompt."""
+        pairs = [self.ids[i : i + 2] for i in range(len(self.ids))]
+        return self.folder != "lora_alora" or INVOCATION in pairs
 
     def __str__(self) -> str:
         return f"{self.folder}[{self.row}]"

@@ -61,7 +61,7 @@ class BaseModel(Protocol):
 
     @property
     def tied(self) -> bool:
-        """The head's weight is the input embedding's."""
+        """The head's weight is the input embedding's, and that is a plain table."""
         ...
 
     @property

@@ -107,7 +107,16 @@ def is_true(value: Any) -> bool:
 
 
 def is_text_or_texts(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    return isinstance(value, str) or is_texts(value)
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def is_token_ids(value: Any) -> bool:
+    """A list of natural numbers that is not empty."""
+    return isinstance(value, list) and bool(value) and all(type(v) is int and 0 <= v < 1 << 31 for v in value)
 
 
 def is_layers(value: Any) -> bool:

@@ -14,7 +14,7 @@ from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.files import MAX_TENSOR_BYTES, AdapterFiles, open_adapter
 from peftmux.adapters.methods import METHODS
 from peftmux.adapters.methods.registry import Plan, Shapes
-from peftmux.adapters.parts import LinearPart, LoweredAdapter
+from peftmux.adapters.parts import LoweredAdapter
 
 
 def load_adapter(
@@ -36,7 +36,9 @@ def lower(files: AdapterFiles, base: BaseModel) -> LoweredAdapter:
     plan = plan_adapter(files.config, {name: tuple(t.shape) for name, t in files.tensors.items()}, base)
     parts = plan.build({name: _finite(f"tensor {name}", tensor) for name, tensor in files.tensors.items()})
     for site, part in parts.linear.items():
-        _check_derived(site, part)
+        _check_derived(site, {"out_scale": part.out_scale, "bias": part.bias})
+    if parts.embedding is not None:
+        _check_derived(base.embedding, {"out_scale": parts.embedding.out_scale})
     return LoweredAdapter(
         kind=plan.kind,
         digest=files.digest,
@@ -76,9 +78,9 @@ def _served() -> str:
     return " or ".join(sorted(METHODS))
 
 
-def _check_derived(site: str, part: LinearPart) -> None:
+def _check_derived(site: str, computed: Mapping[str, Tensor | None]) -> None:
     """What lowering computed can overflow, or be divided by a zero norm, where every stored value is finite."""
-    for name, tensor in (("out_scale", part.out_scale), ("bias", part.bias)):
+    for name, tensor in computed.items():
         if tensor is not None:
             _finite(f"the {name} that follows for {site}", tensor)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from peftmux.adapters.base import BaseModel
@@ -20,24 +20,30 @@ FIELDS = {
 
 
 def target_sites(
-    fields: Mapping[str, Any], present: Iterable[str], base: BaseModel, matcher: PatternMatcher
+    fields: Mapping[str, Any],
+    present: Iterable[str],
+    base: BaseModel,
+    matcher: PatternMatcher,
+    others: Container[str] = (),
 ) -> list[str]:
-    """The linear sites of the base that the config targets, in name order.
+    """The linear sites of the base that the config targets, in name order; with them those of `others`.
 
     `present` are the sites that have tensors; they stand in for target_modules where that is unset (PEFT then takes a
-    list it keeps for each architecture). Raises AdapterInvalid where a targeted module is not a linear site.
+    list it keeps for each architecture). Raises AdapterInvalid where a targeted module is neither a linear site nor
+    one of `others`.
     """
     targets = fields["target_modules"]
     if targets is None:
         targets = sorted({site.rsplit(".", 1)[-1] for site in present})
     _check_layers(fields, targets)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        chosen = [site for site in base.linear_sites if not _is_output_embedding(site, base)]
+        chosen = [site for site in base.linear_sites if site != base.head]
     else:
         chosen = list(_matching(fields, targets, base, matcher))
-    chosen = sorted(site for site in chosen if not _excluded(fields["exclude_modules"], site, matcher))
+    withheld = [fields["exclude_modules"], fields.get("modules_to_save")]  # saved whole: PEFT puts no adapter there
+    chosen = sorted(site for site in chosen if not any(_excluded(names, site, matcher) for names in withheld))
     for site in chosen:
-        if site not in base.linear_sites:
+        if site not in base.linear_sites and site not in others:
             raise AdapterInvalid(
                 Reason.UNSUPPORTED_SITE,
                 f"field target_modules: expected linear layers that are served in {base.architecture}, got {site}",
@@ -92,9 +98,3 @@ def _endings(name: str) -> list[str]:
     """The name itself and every ending of it that begins after a dot."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def _is_output_embedding(site: str, base: BaseModel) -> bool:
-    """The language model head, which "all-linear" leaves out: vocabulary-wide and in no numbered layer."""
-    wide = base.linear_sites[site].out_features == base.vocab_size
-    return wide and not any(part.isdigit() for part in site.split("."))

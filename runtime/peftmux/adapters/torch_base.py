@@ -54,12 +54,14 @@ class TorchBase:
 
     @cached_property
     def head(self) -> str | None:
-        name = _path(self.module, self.module.get_output_embeddings())  # type: ignore[operator]
-        return name if name in self.linear_sites else None
+        head = self.module.get_output_embeddings()  # type: ignore[operator]
+        return _path(self.module, head) if isinstance(head, nn.Linear) else None
 
     @cached_property
     def tied(self) -> bool:
-        return self.head is not None and self.weight(self.head).data_ptr() == self.embedding_weight().data_ptr()
+        if self.head is None or not self.embedding:
+            return False
+        return self.weight(self.head).data_ptr() == self.embedding_weight().data_ptr()
 
     @cached_property
     def kv_shapes(self) -> Sequence[KVShape]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingPart:
-    """What one adapter does to the input embedding. Absent pieces are None; `a` and `b`, `ids` and `rows` go together.
+    """What one adapter does to the input embedding. Absent pieces are None; `a` and `b` go together.
 
-    a: [r, V], b: [D, r], out_scale: [D], ids: [n] int64, distinct, rows: [n, D].
+    a: [r, V], b: [D, r], out_scale: [D], rows: [n, D], ids: [n] int64, distinct, or None where `rows` are all of E'.
     """
 
     a: Tensor | None = None
@@ -39,7 +39,9 @@ def apply_embedding_part(y: Tensor, ids: Tensor, part: EmbeddingPart) -> Tensor:
         out = out + part.scale * (part.a.t()[ids] @ part.b.t())
     if part.out_scale is not None:
         out = out * part.out_scale
-    if part.ids is not None and part.rows is not None:
+    if part.rows is not None and part.ids is None:
+        out = part.rows[ids]
+    elif part.rows is not None:
         hit = ids.unsqueeze(1) == part.ids  # [T, n]
         out = torch.where(hit.any(1, keepdim=True), part.rows[hit.int().argmax(1)].to(out.dtype), out)
     return out.to(y.dtype)

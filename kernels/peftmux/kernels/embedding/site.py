@@ -48,4 +48,3 @@ class EmbeddingSite:
             part = self._held.get(slot)
             if part is not None:
                 y[start:end] = apply_embedding_part(y[start:end], ids[start:end], part)
-

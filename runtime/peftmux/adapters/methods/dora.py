@@ -2,15 +2,14 @@
 
     y = m / ||W + s B A|| * (W x + s B A x) + b        ||.|| per output feature, no epsilon; the bias is not scaled
 
-Source: Liu et al., 2024, arXiv 2402.09353.
+Source: Liu et al., 2024, arXiv 2402.09353. On an input embedding E the formula holds for W = E^T: one norm, over the
+vocabulary, for each dimension of the embedding.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from peftmux.adapters.base import BaseModel
 
 _ROWS_AT_A_TIME = 1 << 22
 """Weight elements: bounds the float32 copy of a bfloat16 weight to 16 MB."""
@@ -32,9 +31,8 @@ def dora_out_scale(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude
     return magnitude / weight_norm(weight, a, b, scale).detach()
 
 
-def site_out_scale(base: BaseModel, site: str, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
-    """`dora_out_scale` at a site of the base, some rows at a time, where the weight is; the result is on the CPU."""
-    weight = base.weight(site)
+def chunked_out_scale(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+    """`dora_out_scale` some rows at a time, where the weight is; the result is on the CPU."""
     rows = max(1, _ROWS_AT_A_TIME // weight.shape[1])
     a, b, magnitude = (t.to(weight.device) for t in (a, b, magnitude))
     pieces = (slice(start, start + rows) for start in range(0, weight.shape[0], rows))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.methods.registry import Shapes
 
+PREFIX = "base_model.model."
+"""Stands before a module's path in the names of PEFT's tensors."""
+
 
 class Ledger:
     def __init__(self, shapes: Shapes) -> None:
@@ -13,6 +16,9 @@ class Ledger:
 
     def __contains__(self, name: str) -> bool:
         return name in self._unclaimed
+
+    def unclaimed(self) -> list[str]:
+        return sorted(self._unclaimed)
 
     def claim(self, name: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
         """Claim a tensor that must be there; None in `expected` is any size from 1. Returns its shape."""
@@ -33,7 +39,7 @@ class Ledger:
     def close(self) -> None:
         """Raise if a tensor is left that nothing has claimed."""
         if self._unclaimed:
-            names = sorted(self._unclaimed)
+            names = self.unclaimed()
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise AdapterInvalid(
                 Reason.UNUSED_TENSOR,

@@ -1,22 +1,18 @@
-"""LoRA: y = W x + scale B A x at linear layers, with scale alpha / r (rsLoRA: alpha / sqrt(r)).
+"""LoRA: y = W x + scale B A x at linear layers and the input embedding, scale alpha / r (rsLoRA: alpha / sqrt(r)).
 
-Source: Hu et al., 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski, 2023, arXiv 2312.03732. PiSSA and LoRA+ are files of
-this kind too. Files as PEFT writes them: `base_model.model.<site>.lora_A.weight` [r, in], `.lora_B.weight` [out, r],
-with lora_bias `.lora_B.bias` [out], with DoRA `.lora_magnitude_vector` [out], with bias= the replaced base biases.
+Source: Hu et al., 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski, 2023, arXiv 2312.03732; activated LoRA, which acts
+from the last occurrence of its invocation on: Greenewald et al., 2025, arXiv 2504.12397. PiSSA and LoRA+ are files of
+this kind too. Files as PEFT writes them: see `lora_linear`, `lora_embedding` and `replaced` for the tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from peftmux.adapters import targets
-from peftmux.adapters.base import BaseModel, LinearSite
+from peftmux.adapters.base import BaseModel
 from peftmux.adapters.config import (
     COMMON,
     MAX_PATTERNS,
@@ -26,18 +22,22 @@ from peftmux.adapters.config import (
     is_number,
     is_pattern_of,
     is_positive_int,
+    is_token_ids,
     is_true,
     read_fields,
+    show,
 )
 from peftmux.adapters.errors import AdapterInvalid, Reason
-from peftmux.adapters.methods.dora import site_out_scale
-from peftmux.adapters.methods.ledger import Ledger
+from peftmux.adapters.methods import replaced
+from peftmux.adapters.methods.ledger import PREFIX, Ledger
+from peftmux.adapters.methods.lora_embedding import build_embedding, plan_embedding
+from peftmux.adapters.methods.lora_linear import build_linear, plan_linear, plan_plain_biases
 from peftmux.adapters.methods.registry import Method, Parts, Plan, Shapes
-from peftmux.adapters.parts import LinearPart
 from peftmux.adapters.patterns import PatternMatcher
 
-PREFIX = "base_model.model."
-_SUFFIXES = (
+__all__ = ["FIELDS", "METHOD", "PREFIX", "kinds", "lora_scaling", "plan"]
+
+_LINEAR_SUFFIXES = (
     ".lora_A.weight",
     ".lora_B.weight",
     ".lora_B.bias",
@@ -46,6 +46,8 @@ _SUFFIXES = (
     ".base_layer.bias",
     ".bias",
 )
+_EMBEDDING_SUFFIXES = (".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector", ".base_layer.weight")
+_VOCABULARY = ("embed_tokens", "lm_head")
 _INITS = (True, "gaussian", "eva", "orthogonal")
 _INIT_RULE = (
     "true, false, gaussian, eva or orthogonal (any other replaces base weights while training: save the adapter with "
@@ -55,6 +57,7 @@ _INIT_RULE = (
 FIELDS: FieldTable = {
     **COMMON,
     **targets.FIELDS,
+    **replaced.FIELDS,
     "r": Honoured(8, is_positive_int, "a positive integer"),
     "lora_alpha": Honoured(8, is_number, "a finite number"),
     "rank_pattern": Honoured(
@@ -66,6 +69,8 @@ FIELDS: FieldTable = {
     "lora_bias": Honoured(False, is_true, "true or false"),
     "bias": Honoured("none", lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
     "init_lora_weights": Honoured(True, lambda v: v in _INITS, _INIT_RULE, Reason.UNSUPPORTED_FIELD),
+    "alora_invocation_tokens": Honoured(None, is_token_ids, "a list of token ids"),
+    "ensure_weight_tying": Honoured(False, is_true, "true or false"),
     "lora_dropout": NoEffect("training only"),
     "fan_in_fan_out": NoEffect("A and B are stored the same way for Linear and Conv1D; the base says which it has"),
     "loftq_config": NoEffect("initialisation; init_lora_weights says whether it was used"),
@@ -82,38 +87,36 @@ def lora_scaling(alpha: float, r: int, use_rslora: bool) -> float:
     return alpha / math.sqrt(r) if use_rslora else alpha / r
 
 
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """One linear site with its tensors' names; None for what it does not have."""
-
-    site: str
-    scale: float
-    a: str | None = None
-    b: str | None = None
-    b_bias: str | None = None
-    magnitude: str | None = None
-    base_weight: str | None = None
-    base_bias: str | None = None
-
-
 def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
     """Check the config and every tensor's name and shape against the base."""
     fields = read_fields(config, FIELDS)
-    if fields["use_dora"] and fields["lora_bias"]:
-        raise AdapterInvalid(Reason.INVALID_FIELD, "field lora_bias: expected false with use_dora, got True")
-    present = _present_sites(shapes, base)
-    matcher = PatternMatcher()
-    ledger = Ledger(shapes)
-    sites = [
-        _plan_site(base.linear_sites[name], fields, ledger, matcher)
-        for name in targets.target_sites(fields, present, base, matcher)
-    ]
+    ledger, matcher = Ledger(shapes), PatternMatcher()
+    new = replaced.plan_replaced(fields, base, ledger)
+    present = _present_modules(ledger, base)
+    chosen = targets.target_sites(fields, present, base, matcher, others=(base.embedding,))
+    _check_together(fields, chosen, new.keys(), base)
+    sites, embedding = [], None
+    for name in chosen:
+        rank = _by_pattern(fields, "rank_pattern", "r", name, matcher)
+        alpha = _by_pattern(fields, "alpha_pattern", "lora_alpha", name, matcher)
+        scale = lora_scaling(alpha, rank, fields["use_rslora"])
+        if name == base.embedding:
+            embedding = plan_embedding(base, rank, scale, fields["use_dora"], ledger)
+        else:
+            sites.append(plan_linear(base.linear_sites[name], rank, scale, fields, ledger))
     if fields["bias"] == "all":
-        sites += _plain_biases(base, {s.site for s in sites}, ledger)
+        sites += plan_plain_biases(base, {s.site for s in sites}, ledger)
     ledger.close()
+
+    def build(tensors: Mapping[str, Any]) -> Parts:
+        part, rows = replaced.build_replaced(new, tensors, base)
+        if embedding is not None:
+            part = build_embedding(embedding, tensors, base)
+        return Parts({s.site: build_linear(s, tensors, base) for s in sites}, rows, part)
+
     inferred = fields["target_modules"] is None
     warnings = ("target_modules is unset: the sites are those that have tensors",) if inferred else ()
-    return Plan(_kind(fields), lambda tensors: Parts({s.site: _build(s, tensors, base) for s in sites}), warnings)
+    return Plan(_kind(fields), build, warnings, tuple(fields["alora_invocation_tokens"] or ()))
 
 
 def kinds(base: BaseModel) -> tuple[str, ...]:
@@ -126,109 +129,106 @@ def _kind(fields: Mapping[str, Any]) -> str:
     return "rslora" if fields["use_rslora"] else "lora"
 
 
-def _present_sites(shapes: Shapes, base: BaseModel) -> set[str]:
-    """The sites that the LoRA tensors name. Raises where one is not in the base, or cannot be served."""
-    present = set()
-    for name in shapes:
-        suffix = next((s for s in _SUFFIXES if name.endswith(s)), None)
-        if not name.startswith(PREFIX) or suffix is None:
-            raise AdapterInvalid(
-                Reason.UNUSED_TENSOR,
-                f"expected {PREFIX}<module>.lora_A.weight and the like, got tensor {name}: not served",
-            )
-        site = name[len(PREFIX) : -len(suffix)]
-        if site not in base.linear_sites:
-            known = site in base.module_names
-            raise AdapterInvalid(
-                Reason.UNSUPPORTED_SITE if known else Reason.UNKNOWN_SITE,
-                f"tensor {name}: expected a linear layer that is served in {base.architecture}, but {site} is "
-                + ("another kind of module" if known else "not in this base"),
-            )
-        if suffix.startswith(".lora_"):
-            present.add(site)
-    return present
-
-
-def _plan_site(site: LinearSite, fields: Mapping[str, Any], ledger: Ledger, matcher: PatternMatcher) -> _Site:
-    rank = _by_pattern(fields, "rank_pattern", "r", site.name, matcher)
-    alpha = _by_pattern(fields, "alpha_pattern", "lora_alpha", site.name, matcher)
-    stem = f"{PREFIX}{site.name}"
-    a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-    for got in (ledger.claim(a, (None, site.in_features))[0], ledger.claim(b, (site.out_features, None))[1]):
-        if got != rank:
-            raise AdapterInvalid(
-                Reason.RANK_MISMATCH, f"{site.name}: expected rank {rank} as the config says, got {got} in the tensors"
-            )
-
-    def vector(suffix: str, wanted: bool) -> str | None:
-        if wanted:
-            ledger.claim(stem + suffix, (site.out_features,))
-        return stem + suffix if wanted else None
-
-    copy = f"{stem}.base_layer.weight"  # PEFT adds it for an output embedding; it must be the base's own
-    if has_copy := copy in ledger:
-        ledger.claim(copy, (site.out_features, site.in_features))
-    return _Site(
-        site.name,
-        lora_scaling(alpha, rank, fields["use_rslora"]),
-        a,
-        b,
-        vector(".lora_B.bias", fields["lora_bias"]),
-        vector(".lora_magnitude_vector", fields["use_dora"]),
-        copy if has_copy else None,
-        vector(".base_layer.bias", fields["bias"] != "none" and site.has_bias),
-    )
-
-
-def _plain_biases(base: BaseModel, targeted: set[str], ledger: Ledger) -> list[_Site]:
-    """bias="all" also trains, and saves, the biases of the layers that have no LoRA."""
-    found = []
-    for site in base.linear_sites.values():
-        if site.has_bias and site.name not in targeted:
-            name = f"{PREFIX}{site.name}.bias"
-            ledger.claim(name, (site.out_features,))
-            found.append(_Site(site.name, 0.0, base_bias=name))
-    return found
-
-
 def _by_pattern(fields: Mapping[str, Any], patterns: str, default: str, site: str, matcher: PatternMatcher) -> Any:
     key = matcher.first_key(patterns, fields[patterns], site)
     return fields[default] if key is None else fields[patterns][key]
 
 
-def _build(plan: _Site, tensors: Mapping[str, Tensor], base: BaseModel) -> LinearPart:
-    """The site's part. Its bias is what must be added for the output to end with the adapter's own base bias."""
-    if plan.base_weight:
-        _check_copy(plan.site, tensors[plan.base_weight], base)
-    a, b = (tensors[name] if name else None for name in (plan.a, plan.b))
-    out_scale = None
-    if plan.magnitude and a is not None and b is not None:
-        out_scale = site_out_scale(base, plan.site, a, b, plan.scale, tensors[plan.magnitude])
-    bias = _base_bias_change(plan, tensors, base, out_scale)
-    if plan.b_bias:
-        scaled = plan.scale * tensors[plan.b_bias]
-        bias = scaled if bias is None else bias + scaled
-    return LinearPart(a, b, plan.scale, out_scale, bias)
+def _present_modules(ledger: Ledger, base: BaseModel) -> set[str]:
+    """The modules that the LoRA tensors name. Raises where one is not in the base, or cannot be served."""
+    present = set()
+    for name in ledger.unclaimed():
+        module, suffix = _split(name, base)
+        if module != base.embedding and module not in base.linear_sites:
+            known = module in base.module_names
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_SITE if known else Reason.UNKNOWN_SITE,
+                f"tensor {name}: expected a linear layer that is served in {base.architecture}, but {module} is "
+                + ("another kind of module" if known else "not in this base"),
+            )
+        if suffix.startswith(".lora_"):
+            present.add(module)
+    return present
 
 
-def _base_bias_change(
-    plan: _Site, tensors: Mapping[str, Tensor], base: BaseModel, out_scale: Tensor | None
-) -> Tensor | None:
-    """New base bias minus what the old one has become; None where the bias stays as it is."""
-    old = base.bias(plan.site)
-    if old is None or (out_scale is None and plan.base_bias is None):
-        return None
-    old = old.detach().to(device="cpu", dtype=torch.float32)
-    new = tensors[plan.base_bias] if plan.base_bias else old
-    return new - (old if out_scale is None else out_scale * old)
-
-
-def _check_copy(site: str, copy: Tensor, base: BaseModel) -> None:
-    weight = base.weight(site)
-    if not torch.equal(copy.to(weight.device, weight.dtype), weight):
+def _split(name: str, base: BaseModel) -> tuple[str, str]:
+    """A LoRA tensor's module and what follows it."""
+    of_embedding = f"{PREFIX}{base.embedding}" if base.embedding else None
+    for suffix in _EMBEDDING_SUFFIXES:
+        if name == f"{of_embedding}{suffix}":
+            return base.embedding, suffix
+    suffix = next((s for s in (*_LINEAR_SUFFIXES, *_EMBEDDING_SUFFIXES) if name.endswith(s)), "")
+    if not name.startswith(PREFIX) or not suffix:
         raise AdapterInvalid(
-            Reason.BASE_WEIGHT_DIFFERS,
-            f"{site}.base_layer.weight: expected a copy of this base's weight, got other values",
+            Reason.UNUSED_TENSOR,
+            f"expected {PREFIX}<module>.lora_A.weight and the like, got tensor {name}: not served",
+        )
+    return name[len(PREFIX) : -len(suffix)], suffix
+
+
+def _check_together(fields: Mapping[str, Any], chosen: Collection[str], new: Collection[str], base: BaseModel) -> None:
+    """Combinations that PEFT cannot run, or that are not served as PEFT would."""
+    if fields["lora_bias"] and fields["use_dora"]:
+        raise AdapterInvalid(Reason.INVALID_FIELD, "field lora_bias: expected false with use_dora, got True")
+    if fields["lora_bias"] and base.embedding in chosen:
+        raise AdapterInvalid(Reason.INVALID_FIELD, f"field lora_bias: expected false with {base.embedding}, got True")
+    if both := sorted(set(new).intersection(chosen)):
+        raise AdapterInvalid(
+            Reason.INVALID_FIELD, f"field target_modules: expected no module that is replaced as well, got {both[0]}"
+        )
+    if fields["bias"] == "all" and any(m in base.linear_sites and base.linear_sites[m].has_bias for m in new):
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_FIELD,
+            "field bias: expected none or lora_only with a replaced output projection, got all",
+        )
+    _check_tying(fields, base)
+    _check_invocation(fields, chosen, base)
+
+
+def _check_tying(fields: Mapping[str, Any], base: BaseModel) -> None:
+    """It says nothing where the base ties nothing, and nothing new of trainable tokens, which are tied without it."""
+    if not fields["ensure_weight_tying"] or not base.tied:
+        return
+    for name in ("target_modules", "modules_to_save"):
+        if _names_vocabulary(fields[name]):
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_FIELD,
+                f"field ensure_weight_tying is not served with {name} of the vocabulary: expected false, got True",
+            )
+
+
+def _names_vocabulary(names: str | list[str] | None) -> bool:
+    """PEFT's rule, by the two names it knows."""
+    if isinstance(names, str):
+        matcher = PatternMatcher()
+        return any(matcher.full("target_modules", names, known) for known in _VOCABULARY)
+    return any(name.rsplit(".", 1)[-1] in _VOCABULARY for name in names or ())
+
+
+def _check_invocation(fields: Mapping[str, Any], chosen: Collection[str], base: BaseModel) -> None:
+    """Activated LoRA changes nothing before its invocation: no weight that PEFT replaces for all of the prompt."""
+    invocation = fields["alora_invocation_tokens"]
+    if not invocation:
+        return
+    if max(invocation) >= base.vocab_size:
+        raise AdapterInvalid(
+            Reason.INVALID_FIELD,
+            f"field alora_invocation_tokens: expected ids below this base's {base.vocab_size}, got {max(invocation)}",
+        )
+    if fields["task_type"] is None:
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_TASK, "field task_type: expected CAUSAL_LM with alora_invocation_tokens, got nothing"
+        )
+    for name in ("use_dora", "bias", *replaced.FIELDS):
+        if fields[name] not in (None, False, "none"):
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_FIELD,
+                f"field {name} is not served with alora_invocation_tokens: expected nothing, got {show(fields[name])}",
+            )
+    if base.embedding in chosen:
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_SITE,
+            f"field target_modules: expected linear layers with alora_invocation_tokens, got {base.embedding}",
         )
 
 

@@ -1,0 +1,170 @@
+"""New rows for the vocabulary's weights beside a method's own tensors: modules_to_save and trainable tokens.
+
+A module of modules_to_save has its whole weight in the files, `<module>.weight` [V, D] (and `.bias`); trainable tokens
+some rows of it, `<module>.token_adapter.trainable_tokens_delta` [n, D]. Both stand for the base's rows, despite the
+name. Where the output projection is tied to the input embedding, trainable tokens of the embedding are its own too,
+while PEFT saves either module of modules_to_save by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftmux.adapters.base import BaseModel
+from peftmux.adapters.config import Honoured, is_texts, is_token_ids
+from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.methods.ledger import PREFIX, Ledger
+from peftmux.adapters.parts import EmbeddingPart, ReplacedRows
+
+_SAVED, _TOKENS = "modules_to_save", "trainable_token_indices"
+
+
+def _is_token_indices(value: Any) -> bool:
+    return all(is_token_ids(ids) for ids in (value.values() if isinstance(value, dict) else [value]))
+
+
+FIELDS = {
+    _SAVED: Honoured(None, is_texts, "a list of module names"),
+    _TOKENS: Honoured(None, _is_token_indices, "a list of token ids, or an object of such lists by module name"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """New rows of one module: the tensor that holds them, their ids (None: all rows), and its new bias's tensor."""
+
+    rows: str
+    ids: tuple[int, ...] | None = None
+    bias: str | None = None
+
+
+def plan_replaced(fields: Mapping[str, Any], base: BaseModel, ledger: Ledger) -> dict[str, Replacement]:
+    """By module path: the input embedding, the output projection, or both. Claims their tensors."""
+    saved = {module for name in fields[_SAVED] or () for module in _modules(_SAVED, name, base)}
+    tokens = _token_ids(fields, base)
+    if both := sorted(saved & tokens.keys()):
+        raise AdapterInvalid(
+            Reason.INVALID_FIELD, f"field {_TOKENS}: expected modules that {_SAVED} does not name, got {both[0]}"
+        )
+    _refuse_unnamed(saved, base, ledger)
+    return {m: _plan_whole(m, base, ledger) for m in sorted(saved)} | _plan_tokens(tokens, base, ledger)
+
+
+def build_replaced(
+    plan: Mapping[str, Replacement], tensors: Mapping[str, Tensor], base: BaseModel
+) -> tuple[EmbeddingPart | None, dict[str, ReplacedRows]]:
+    """The input embedding's part, and the output projection's rows by its path."""
+    embedding, rows = None, {}
+    for module, new in plan.items():
+        ids = None if new.ids is None else torch.tensor(new.ids)
+        if module == base.embedding:
+            embedding = EmbeddingPart(ids=ids, rows=tensors[new.rows])
+        else:
+            rows[module] = ReplacedRows(tensors[new.rows], ids, tensors[new.bias] if new.bias else None)
+    return embedding, rows
+
+
+def _modules(field: str, name: str, base: BaseModel) -> list[str]:
+    """What PEFT takes a name in these fields for: every module whose path ends with it."""
+    found = sorted(module for module in base.module_names if module.endswith(name))
+    if not found:
+        raise AdapterInvalid(
+            Reason.UNKNOWN_SITE,
+            f"field {field}: expected modules of {base.architecture}, got {name!r}, not in this base",
+        )
+    for module in found:
+        if module not in (base.embedding, base.head):
+            served = " or ".join(m for m in (base.embedding, base.head) if m) or "nothing"
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_SITE,
+                f"field {field}: expected {served}, which can be replaced in {base.architecture}, got {module}",
+            )
+    return found
+
+
+def _token_ids(fields: Mapping[str, Any], base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """The trainable tokens by module, as the config names them."""
+    given = fields[_TOKENS] or {}
+    if isinstance(given, list):
+        if not base.embedding:
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_SITE,
+                f"field {_TOKENS}: expected an input embedding that is a plain table, got that of {base.architecture}",
+            )
+        given = {base.embedding: given}
+    tokens: dict[str, tuple[int, ...]] = {}
+    for name, ids in given.items():
+        for module in _modules(_TOKENS, name, base):
+            if module in tokens:
+                raise AdapterInvalid(Reason.INVALID_FIELD, f"field {_TOKENS}: expected {module} once, got it twice")
+            tokens[module] = _checked_ids(ids, _shape(module, base)[0])
+    return tokens
+
+
+def _checked_ids(ids: list[int], rows: int) -> tuple[int, ...]:
+    if max(ids) >= rows:
+        raise AdapterInvalid(
+            Reason.INVALID_FIELD, f"field {_TOKENS}: expected ids below this base's {rows}, got {max(ids)}"
+        )
+    if len(set(ids)) != len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise AdapterInvalid(Reason.INVALID_FIELD, f"field {_TOKENS}: expected each id once, got {twice} twice")
+    return tuple(ids)
+
+
+def _plan_tokens(tokens: Mapping[str, tuple[int, ...]], base: BaseModel, ledger: Ledger) -> dict[str, Replacement]:
+    plan = {module: _plan_rows(module, ids, base, ledger) for module, ids in tokens.items() if module != base.head}
+    ids = tokens.get(base.head or "")
+    source = plan.get(base.embedding)
+    if base.head and base.tied and source is not None and ids in (None, source.ids):
+        plan[base.head] = source  # one tensor, both ends
+    elif base.head and ids:
+        plan[base.head] = _plan_rows(base.head, ids, base, ledger)
+    if base.head in plan and base.linear_sites[base.head].has_bias:
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_FIELD,
+            f"field {_TOKENS}: expected an output projection without bias (PEFT drops it), got {base.head} with one",
+        )
+    return plan
+
+
+def _plan_rows(module: str, ids: tuple[int, ...], base: BaseModel, ledger: Ledger) -> Replacement:
+    name = f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+    ledger.claim(name, (len(ids), _shape(module, base)[1]))
+    return Replacement(name, ids)
+
+
+def _plan_whole(module: str, base: BaseModel, ledger: Ledger) -> Replacement:
+    weight, bias = f"{PREFIX}{module}.weight", f"{PREFIX}{module}.bias"
+    shape = _shape(module, base)
+    ledger.claim(weight, shape)
+    site = base.linear_sites.get(module)
+    if site is None or not site.has_bias:
+        return Replacement(weight)
+    ledger.claim(bias, shape[:1])
+    return Replacement(weight, bias=bias)
+
+
+def _refuse_unnamed(saved: set[str], base: BaseModel, ledger: Ledger) -> None:
+    """PEFT also saves whole embeddings that its config does not name, after the vocabulary was resized."""
+    for module in (base.embedding, base.head):
+        name = f"{PREFIX}{module}.weight"
+        if module and module not in saved and name in ledger:
+            ledger.claim(name, _shape(module, base))
+            raise AdapterInvalid(
+                Reason.UNUSED_TENSOR, f"tensor {name}: expected {module} in {_SAVED}, which does not name it"
+            )
+
+
+def _shape(module: str, base: BaseModel) -> tuple[int, int]:
+    """[V, D] of the input embedding or the output projection."""
+    if module == base.embedding:
+        rows, width = base.embedding_weight().shape
+        return rows, width
+    site = base.linear_sites[module]
+    return site.out_features, site.in_features
