@@ -39,9 +39,12 @@ def apply_embedding_part(y: Tensor, ids: Tensor, part: EmbeddingPart) -> Tensor:
         out = out + part.scale * (part.a.t()[ids] @ part.b.t())
     if part.out_scale is not None:
         out = out * part.out_scale
-    if part.rows is not None and part.ids is None:
-        out = part.rows[ids]
-    elif part.rows is not None:
-        hit = ids.unsqueeze(1) == part.ids  # [T, n]
-        out = torch.where(hit.any(1, keepdim=True), part.rows[hit.int().argmax(1)].to(out.dtype), out)
+    if part.rows is not None:
+        out = part.rows[ids] if part.ids is None else _replaced(out, ids, part.ids, part.rows)
     return out.to(y.dtype)
+
+
+def _replaced(y: Tensor, ids: Tensor, changed: Tensor, rows: Tensor) -> Tensor:
+    """y with the row of `rows` [n, D] wherever the token's id is in `changed` [n]."""
+    hit = ids.unsqueeze(1) == changed  # [T, n]
+    return torch.where(hit.any(1, keepdim=True), rows[hit.int().argmax(1)].to(y.dtype), y)
