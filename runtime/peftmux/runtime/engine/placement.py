@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.parts import LoweredAdapter
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import PagedCache, block_bytes
@@ -57,7 +58,28 @@ BASE = Placed(slot=0, prefix=None, first_position=0, salt=b"", invocation=(), si
 
 
 def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> PreparedAdapter:
-    """Cast and lay out an adapter's parts. Safe in a loader thread: touches nothing that a step reads."""
+    """Cast and lay out an adapter's parts. Safe in a loader thread: touches nothing that a step reads.
+
+    AdapterInvalid for values that overflow the base's dtype, and for a prefix that leaves no room for a prompt.
+    """
+    prefix = lowered.prefix
+    if prefix is not None and prefix.length >= model.context_length - 1:
+        raise AdapterInvalid(
+            Reason.TOO_LARGE,
+            f"expected at most {model.context_length - 2} virtual tokens in a context of {model.context_length}, "
+            f"got {prefix.length}",
+        )
+    try:
+        sites = _prepare_sites(model, lowered)
+    except ValueError as error:
+        raise AdapterInvalid(Reason.NOT_FINITE, f"in {model.dtype}: {error}") from error
+    size = sum(prepared.nbytes for _, prepared in sites)
+    if prefix is not None:
+        size += -(-prefix.length // block_size) * block_bytes(model.kv_shapes, block_size, model.dtype)
+    return PreparedAdapter(lowered, sites, _salt(model, lowered), size)
+
+
+def _prepare_sites(model: LoadedModel, lowered: LoweredAdapter) -> tuple[tuple[Site, Any], ...]:
     sites: list[tuple[Site, Any]] = []
     for group, names in _by_group(model, lowered).items():
         sites.append((group.lowrank, group.lowrank.prepare([None if n is None else lowered.linear[n] for n in names])))
@@ -67,11 +89,7 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
     if lowered.embedding is not None:
         assert model.embedding_site is not None, "lowering refuses embedding parts where there is no such site"
         sites.append((model.embedding_site, model.embedding_site.prepare(lowered.embedding)))
-    size = sum(prepared.nbytes for _, prepared in sites)
-    if lowered.prefix is not None:
-        blocks = -(-lowered.prefix.length // block_size)
-        size += blocks * block_bytes(model.kv_shapes, block_size, model.dtype)
-    return PreparedAdapter(lowered, tuple(sites), _salt(model, lowered), size)
+    return tuple(sites)
 
 
 def _by_group(model: LoadedModel, lowered: LoweredAdapter) -> dict[SiteGroup, list[str | None]]:
