@@ -40,6 +40,17 @@ def test_reads_what_safetensors_reads(fixtures):
         assert files.config == json.loads((path.parent / "adapter_config.json").read_text())
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_begins_like_a_pickle(length, tmp_path):
+    """0x80 and a protocol's number: small adapters have such lengths."""
+    write_adapter(tmp_path, CONFIG, TENSORS)
+    path = tmp_path / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    (old,) = struct.unpack("<Q", raw[:8])
+    path.write_bytes(struct.pack("<Q", length) + raw[8 : 8 + old].ljust(length) + raw[8 + old :])
+    assert read_adapter(tmp_path).tensors.keys() == TENSORS.keys()
+
+
 def test_digest_is_the_contents(folder, tmp_path):
     digest = read_adapter(folder).digest
     moved = tmp_path / "elsewhere"

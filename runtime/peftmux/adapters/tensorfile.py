@@ -27,7 +27,8 @@ MAX_NAME = 512
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ_BYTES = 64 << 20
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""torch.save's zip file, and a bare pickle. As a header length both would be far over the limit."""
+"""torch.save's zip file, and a bare pickle. With what follows them both are a header length far over the limit, which
+these two bytes alone are not: a header of 640 bytes begins like a pickle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,13 @@ def read_index(fd: int, file_bytes: int) -> TensorIndex:
     if file_bytes < 8:
         raise _malformed(f"expected at least 8 bytes, got {file_bytes}")
     start = _pread(fd, 8, 0)
-    if start.startswith(_PICKLE_STARTS):
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES and start.startswith(_PICKLE_STARTS):
         raise AdapterInvalid(
             Reason.PICKLE,
             "adapter_model.safetensors: expected safetensors, got a pickle: convert the folder offline with "
             "`peftmux adapters convert`",
         )
-    length = int.from_bytes(start, "little")
     if length > file_bytes - 8:
         raise _malformed(f"the header claims {length} bytes, but only {file_bytes - 8} follow")
     if length > MAX_HEADER_BYTES:

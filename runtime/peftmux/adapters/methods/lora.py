@@ -90,6 +90,7 @@ def lora_scaling(alpha: float, r: int, use_rslora: bool) -> float:
 def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
     """Check the config and every tensor's name and shape against the base."""
     fields = read_fields(config, FIELDS)
+    _check_tying(fields, base)
     ledger, matcher = Ledger(shapes), PatternMatcher()
     new = replaced.plan_replaced(fields, base, ledger)
     present = _present_modules(ledger, base)
@@ -181,7 +182,6 @@ def _check_together(fields: Mapping[str, Any], chosen: Collection[str], new: Col
             Reason.UNSUPPORTED_FIELD,
             "field bias: expected none or lora_only with a replaced output projection, got all",
         )
-    _check_tying(fields, base)
     _check_invocation(fields, chosen, base)
 
 
