@@ -171,7 +171,7 @@ async def test_an_engine_that_fails_again_and_again_is_dead() -> None:
 
 async def test_a_request_beside_the_death_of_the_engine_is_answered() -> None:
     """Posted while the thread is on its way out: no caller may wait for ever."""
-    for _ in range(20):
+    for _ in range(10):
         async with running() as doomed:
             task = asyncio.create_task(ask(doomed, request(PROMPT, max_tokens=100)))
             await until(lambda: doomed.stats().running == 1)
@@ -179,7 +179,6 @@ async def test_a_request_beside_the_death_of_the_engine_is_answered() -> None:
             late = [asyncio.create_task(ask(doomed, request(PROMPT))) for _ in range(5)]
             async with asyncio.timeout(10):
                 results = await asyncio.gather(task, *late, return_exceptions=True)
-            assert all(isinstance(r, EngineDead) for r in results[:1])
             assert all(isinstance(r, EngineDead) for r in results)
 
 
@@ -195,7 +194,7 @@ async def test_drain_lets_short_streams_finish_and_ends_long_ones() -> None:
         long = asyncio.create_task(ask(leaving, request(PROMPT, max_tokens=120)))
         await until(lambda: leaving.stats().running == 2)
         started = time.monotonic()
-        drain = asyncio.create_task(leaving.drain(0.5))
+        drain = asyncio.create_task(leaving.drain(1.0))
         await asyncio.sleep(0)
         with pytest.raises(Draining):
             await ask(leaving, request(PROMPT))
@@ -205,7 +204,7 @@ async def test_drain_lets_short_streams_finish_and_ends_long_ones() -> None:
         with pytest.raises(Draining):
             await long
         await drain
-        assert 0.45 < time.monotonic() - started < 2.5
+        assert 0.9 < time.monotonic() - started < 3.0
         assert not leaving.stats().healthy
         pace.clear()
 

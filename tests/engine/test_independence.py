@@ -16,7 +16,7 @@ from peftmux.runtime.engine.api import GenerationRequest
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.params import SamplingParams
 from peftmux.runtime.scheduler.row import Row
-from tests.engine.harness import Answer, ask, check_quiet, load, request, running
+from tests.engine.harness import Answer, ask, check_quiet, load, request, running, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -143,6 +143,19 @@ async def test_preempted_rows_are_what_they_are_alone(pair: Pair) -> None:
     assert pair.preempted > before
     for got, one in zip(together, wanted, strict=True):
         check_same(got, await ask(pair.roomy, one))
+
+
+async def test_a_prefix_that_comes_takes_blocks_from_rows_and_nothing_else(pair: Pair) -> None:
+    """Its two blocks, while three rows of up to 9 share 14."""
+    wanted = [request([3 + i, *range(30, 40)], name, 24) for i, name in enumerate(["", "lora", "prefix"])]
+    running = asyncio.create_task(arriving(pair.tight, [(one, 0) for one in wanted]))
+    await until(lambda: pair.tight.stats().running == 3)
+    late = await load(pair.tight, "prefix", "late")
+    answer = await ask(pair.tight, request([5, 6, 7], "late"))
+    for got, one in zip(await running, wanted, strict=True):
+        check_same(got, await ask(pair.roomy, one))
+    assert answer.ids == (await ask(pair.roomy, request([5, 6, 7], "prefix"))).ids
+    assert (await pair.tight.unload_adapter("late")).revision == late.revision
 
 
 async def test_a_seed_draws_the_same_in_any_company(pair: Pair) -> None:

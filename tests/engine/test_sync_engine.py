@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from peftmux.adapters.errors import AdapterInvalid
@@ -69,6 +70,7 @@ def test_text_prompts(engine: Engine) -> None:
     text = "a b"
     by_text = engine.generate(text, sampling=GREEDY, stopping=SIX)
     assert by_text == engine.generate(list(engine.encode(text)), sampling=GREEDY, stopping=SIX)
+    assert by_text == engine.generate(list(np.array(engine.encode(text))), sampling=GREEDY, stopping=SIX)
     assert engine.generate([text, text], sampling=GREEDY, stopping=SIX) == [by_text, by_text]
     assert engine.generate(list[str]()) == []
     with pytest.raises(InvalidRequest, match="chat template"):

@@ -71,3 +71,21 @@ def test_family_without_the_attention_interface_is_refused(family: str) -> None:
     with pytest.raises(UnsupportedModel, match=re.escape(name.removesuffix("ForCausalLM"))) as refusal:
         fit_model(module, None, family)
     assert re.search("expected|cannot|not served", str(refusal.value))
+
+
+async def test_two_models_that_load_at_once_do_not_mix() -> None:
+    """Each finds its own layers, and each engine answers as its own model does."""
+    names = ["llama", "gemma2", "gpt2", "qwen3"]
+    modules = [build(name) for name in names]
+    expected = [greedy(module, PROMPTS[0], NEW_TOKENS) for module in modules]
+    models = await asyncio.gather(
+        *(asyncio.to_thread(fit_model, m, None, n) for m, n in zip(modules, names, strict=True))
+    )
+    engines = [engine_over(model) for model in models]
+    try:
+        wanted = request(PROMPTS[0], max_tokens=NEW_TOKENS)
+        answers = await asyncio.gather(*(ask(engine, wanted) for engine in engines))
+        assert [answer.ids for answer in answers] == expected
+    finally:
+        for engine in engines:
+            await engine.drain(0.0)

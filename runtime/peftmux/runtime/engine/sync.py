@@ -13,8 +13,9 @@ import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from operator import index
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast, overload
+from typing import Any, Self, SupportsIndex, TypeVar, cast, overload
 
 from peftmux.runtime.engine.api import AdapterInfo, Delta, EngineStats, GenerationRequest, ModelInfo
 from peftmux.runtime.engine.factory import EngineConfig, start_engine
@@ -225,7 +226,7 @@ class Engine:
         stream: bool,
     ) -> GenerationRequest:
         return GenerationRequest(
-            prompt=self.encode(prompt) if isinstance(prompt, str) else tuple(prompt),
+            prompt=self.encode(prompt) if isinstance(prompt, str) else tuple(map(index, prompt)),
             adapter=adapter,
             sampling=sampling or SamplingParams(seed=secrets.randbits(64)),
             stopping=stopping or StoppingParams(),
@@ -286,7 +287,7 @@ class Engine:
 
 
 def _is_one(prompt: Prompt | Prompts) -> bool:
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], SupportsIndex))
 
 
 async def _next(deltas: AsyncGenerator[Delta]) -> Delta | None:

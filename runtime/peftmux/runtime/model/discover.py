@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from peftmux.adapters.base import KVShape
 from peftmux.runtime.errors import UnsupportedModel
 
 _DISCOVERY = "peftmux_discovery"
+_REGISTERED = threading.Lock()
+"""The interface's table is the process's: two models that load at once must not find each other's layers."""
 _TOKENS = 5
 _HONOURED = {"scaling", "sliding_window", "softcap", "s_aux"}
 _IRRELEVANT = {
@@ -77,17 +80,18 @@ def discover(model: PreTrainedModel) -> Discovery:
     Raises UnsupportedModel.
     """
     recorder, calls = _Recorder(), _LinearCalls(model)
-    AttentionInterface.register(_DISCOVERY, recorder)
     before = model.config._attn_implementation
-    model.set_attn_implementation(_DISCOVERY)
     positions = torch.arange(_TOKENS, device=model.device).unsqueeze(0)
     ids = positions % model.config.get_text_config().vocab_size
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, position_ids=positions, use_cache=False)
-    finally:
-        calls.remove()
-        model.set_attn_implementation(before)
+    with _REGISTERED:
+        AttentionInterface.register(_DISCOVERY, recorder)
+        model.set_attn_implementation(_DISCOVERY)
+        try:
+            with torch.inference_mode():
+                model(input_ids=ids, position_ids=positions, use_cache=False)
+        finally:
+            calls.remove()
+            model.set_attn_implementation(before)
     expected = model.config.get_text_config().num_hidden_layers
     if len(recorder.layers) != expected:
         raise UnsupportedModel(
