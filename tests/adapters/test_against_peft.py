@@ -8,92 +8,27 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
+from tests.adapters.peft_models import MODELS, logits_of, lora, make_model, save
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TINY: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GQA: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
-MODELS: dict[str, Any] = {
-    "gpt2": lambda: transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **TINY
-    ),
-    "opt": lambda: transformers.OPTConfig(
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=24,
-        init_std=0.2,
-        **TINY,
-    ),
-    "phi3": lambda: transformers.Phi3Config(**GQA, **TINY),
-    "qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=16, tie_word_embeddings=True, **TINY),
-    "qwen2": lambda: transformers.Qwen2Config(**GQA, **TINY),
-    "mistral": lambda: transformers.MistralConfig(**GQA, head_dim=8, sliding_window=6, **TINY),
-    "mixtral": lambda: transformers.MixtralConfig(**GQA, num_local_experts=4, **TINY),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **GQA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **TINY
-    ),
-    "gemma3": lambda: transformers.Gemma3TextConfig(
-        **GQA, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"], **TINY
-    ),
-    "gemma2": lambda: transformers.Gemma2Config(**GQA, head_dim=8, **TINY),
-}
 MIXTURES = {"mixtral", "qwen3_moe"}
-
-
-def make_model(name: str) -> Any:
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), attn_implementation="eager").eval()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("bias"):  # random models start with zero biases, which would hide their handling
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def saved_by_peft(name: str, config: Any, folder: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Make, randomise and save an adapter on model `name`; PEFT's logits after loading it back."""
-    tuned = peft.get_peft_model(make_model(name), config).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter_name, parameter in tuned.named_parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator) * 0.3
-                keep = "magnitude" in parameter_name or parameter_name.endswith("bias")
-                parameter.copy_(parameter + noise if keep else noise)
-    tuned.save_pretrained(folder)
-    loaded = peft.PeftModel.from_pretrained(make_model(name), folder).eval()
-    with torch.no_grad():
-        logits: torch.Tensor = loaded(input_ids=ids).logits
-    return logits
 
 
 def check(name: str, config: Any, folder: Any, adapted_logits: Any, tolerance: float = 1e-4) -> Any:
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
-    expected = saved_by_peft(name, config, folder, ids)
+    save(name, config, folder)
+    expected = logits_of(name, folder, ids)
     model = make_model(name)
     adapter = load_adapter(folder, TorchBase(model))
     torch.testing.assert_close(adapted_logits(model, adapter, ids), expected, atol=tolerance, rtol=1e-4)
     with torch.no_grad():
         assert (model(input_ids=ids).logits - expected).abs().max() > 1e-2, "the adapter would be invisible"
     return adapter
-
-
-def lora(**fields: Any) -> Any:
-    return peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **fields})
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - MIXTURES))

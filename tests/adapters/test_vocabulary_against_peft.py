@@ -7,77 +7,24 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
+from tests.adapters.peft_models import logits_of, lora, make_model, save
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TINY: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GQA: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
-MODELS: dict[str, Any] = {
-    "llama": lambda: transformers.LlamaConfig(**GQA, **TINY, tie_word_embeddings=False),
-    "qwen2": lambda: transformers.Qwen2Config(**GQA, **TINY, tie_word_embeddings=True),
-    "gpt2": lambda: transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **TINY
-    ),
-    "opt": lambda: transformers.OPTConfig(
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=24,
-        init_std=0.2,
-        **TINY,
-    ),
-    "phi": lambda: transformers.PhiConfig(**GQA, **TINY, tie_word_embeddings=False),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**GQA, head_dim=8, **TINY),
-}
-TIED = {"qwen2", "gpt2", "opt"}
+TIED = {"qwen2_tied", "gpt2", "opt"}
 EMBEDDING = {"gpt2": "wte"}
 INNER = {"gpt2": "c_attn", "phi": "q_proj"}
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-def make_model(name: str) -> Any:
-    torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), attn_implementation="eager").eval()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("bias"):  # random models start with zero biases, which would hide their handling
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def save(name: str, folder: Any, **fields: Any) -> None:
-    """A random adapter of the named model, in PEFT's files. `{emb}` and `{in}` stand for its modules' names."""
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **fields})
-    tuned = peft.get_peft_model(make_model(name), config).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter_name, parameter in tuned.named_parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator) * 0.3
-                values = "lora" in parameter_name and "magnitude" not in parameter_name
-                parameter.copy_(noise if values else parameter + noise)
-    tuned.save_pretrained(folder)
-
-
 def check(name: str, folder: Any, adapted_logits: Any, ids: torch.Tensor = IDS) -> Any:
     """Loaded back by PEFT and lowered by us, the folder gives the same logits."""
-    loaded = peft.PeftModel.from_pretrained(make_model(name), folder).eval()
-    with torch.no_grad():
-        expected = loaded(input_ids=ids).logits
+    expected = logits_of(name, folder, ids)
     model = make_model(name)
     adapter = load_adapter(folder, TorchBase(model))
     torch.testing.assert_close(adapted_logits(model, adapter, ids), expected, atol=1e-4, rtol=1e-4)
@@ -92,11 +39,7 @@ def names(name: str, *wanted: str) -> list[str]:
     return [known[w] for w in wanted]
 
 
-def head_differs(name: str, folder: Any) -> bool:
-    return "lm_head" in load_adapter(folder, TorchBase(make_model(name))).rows
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "opt"])
 @pytest.mark.parametrize(
     "fields",
     [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"embed_tokens": 2, "wte": 2}}],
@@ -105,38 +48,38 @@ def head_differs(name: str, folder: Any) -> bool:
 @pytest.mark.parametrize("targets", [("emb",), ("emb", "inner"), ("emb", "inner", "head"), ("inner", "head")])
 def test_targets(name, fields, targets, tmp_path, adapted_logits):
     """The tied head is another site than the embedding, on a copy of the same weight."""
-    save(name, tmp_path, target_modules=names(name, *targets), **fields)
+    save(name, lora(target_modules=names(name, *targets), **fields), tmp_path)
     adapter = check(name, tmp_path, adapted_logits)
     assert (adapter.embedding is not None) is ("emb" in targets)
     assert ("lm_head" in adapter.linear) is ("head" in targets)
     assert not adapter.rows
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt", "phi"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "opt", "phi"])
 @pytest.mark.parametrize("saved", [("emb",), ("head",), ("emb", "head")])
 @pytest.mark.parametrize("targets", ["all-linear", ("inner", "head")])
 def test_modules_to_save(name, saved, targets, tmp_path, adapted_logits):
     """Each alone also where they are tied; a module that is saved is no target."""
     target_modules = targets if isinstance(targets, str) else names(name, *targets)
-    save(name, tmp_path, target_modules=target_modules, modules_to_save=names(name, *saved))
+    save(name, lora(target_modules=target_modules, modules_to_save=names(name, *saved)), tmp_path)
     adapter = check(name, tmp_path, adapted_logits)
     assert (adapter.embedding is not None) is ("emb" in saved)
     assert ("lm_head" in adapter.rows) is ("head" in saved)
     assert ("lm_head" in adapter.linear) is (targets != "all-linear" and "head" not in saved)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "opt"])
 @pytest.mark.parametrize("tie", [False, True])
 def test_trainable_tokens(name, tie, tmp_path, adapted_logits):
     tokens = sorted({*IDS[0, ::3].tolist(), 40, 63})
     target_modules = names(name, "inner")
-    save(name, tmp_path, target_modules=target_modules, trainable_token_indices=tokens, ensure_weight_tying=tie)
+    save(name, lora(target_modules=target_modules, trainable_token_indices=tokens, ensure_weight_tying=tie), tmp_path)
     adapter = check(name, tmp_path, adapted_logits)
     assert adapter.embedding is not None
     assert ("lm_head" in adapter.rows) is (name in TIED)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2"])
 @pytest.mark.parametrize(
     ("given", "stored"),
     [
@@ -150,7 +93,7 @@ def test_trainable_tokens(name, tie, tmp_path, adapted_logits):
 def test_trainable_tokens_by_module(name, given, stored, tmp_path, adapted_logits):
     """Tied ends with the same ids share one tensor; PEFT takes other ids for a wish to untie them."""
     indices = {names(name, module)[0]: ids for module, ids in given.items()}
-    save(name, tmp_path, target_modules=names(name, "inner"), trainable_token_indices=indices)
+    save(name, lora(target_modules=names(name, "inner"), trainable_token_indices=indices), tmp_path)
     ids = torch.tensor([[5, 9, 12, 3, 4, 5, 30, 9]])
     adapter = check(name, tmp_path, adapted_logits, ids)
     tensors = [t for t in load_file(tmp_path / "adapter_model.safetensors") if "trainable_tokens" in t]
@@ -165,7 +108,7 @@ def test_trainable_tokens_by_module(name, given, stored, tmp_path, adapted_logit
 def test_activated(name, fields, targets, tmp_path, adapted_logits):
     """From the last of several occurrences on; a row without one, or with half of one at its end, is the base's."""
     invocation = [7, 7, 8]
-    save(name, tmp_path, target_modules=names(name, *targets), alora_invocation_tokens=invocation, **fields)
+    save(name, lora(target_modules=names(name, *targets), alora_invocation_tokens=invocation, **fields), tmp_path)
     ids = torch.tensor([[7, 7, 8, 20, 7, 7, 7, 8, 30, 31], [9, 10, 11, 12, 13, 14, 15, 16, 7, 7]])
     ids = torch.cat([ids, torch.tensor([[40, 41, 42, 43, 44, 45, 46, 7, 7, 8], [7, 7, 8, 7, 8, 1, 2, 3, 4, 5]])])
     adapter = check(name, tmp_path, adapted_logits, ids)
@@ -173,7 +116,7 @@ def test_activated(name, fields, targets, tmp_path, adapted_logits):
 
 
 def test_untied_tying_is_nothing(tmp_path, adapted_logits):
-    save("llama", tmp_path, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    save("llama", lora(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True), tmp_path)
     check("llama", tmp_path, adapted_logits)
 
 
@@ -189,8 +132,8 @@ def refused(name: str, folder: Any) -> tuple[str, str]:
     ids=["targets", "modules_to_save"],
 )
 def test_tied_adapters_are_refused(fields, tmp_path):
-    save("qwen2", tmp_path, ensure_weight_tying=True, **fields)
-    reason, message = refused("qwen2", tmp_path)
+    save("qwen2_tied", lora(ensure_weight_tying=True, **fields), tmp_path)
+    reason, message = refused("qwen2_tied", tmp_path)
     assert reason == "UNSUPPORTED_FIELD"
     assert "ensure_weight_tying" in message
 
@@ -205,7 +148,7 @@ def test_tied_adapters_are_refused(fields, tmp_path):
 )
 def test_an_embedding_that_scales_is_refused(fields, piece, tmp_path):
     """Gemma multiplies what it looks up."""
-    save("gemma3", tmp_path, **fields)
+    save("gemma3", lora(**fields), tmp_path)
     reason, message = refused("gemma3", tmp_path)
     assert reason == "UNSUPPORTED_SITE"
     assert piece in message
@@ -213,7 +156,7 @@ def test_an_embedding_that_scales_is_refused(fields, piece, tmp_path):
 
 def test_tokens_of_a_head_with_a_bias_are_refused(tmp_path):
     """PEFT computes such a head without its bias."""
-    save("phi", tmp_path, target_modules=["q_proj"], trainable_token_indices={"lm_head": [4]})
+    save("phi", lora(target_modules=["q_proj"], trainable_token_indices={"lm_head": [4]}), tmp_path)
     reason, message = refused("phi", tmp_path)
     assert reason == "UNSUPPORTED_FIELD"
     assert "without bias" in message
@@ -221,7 +164,7 @@ def test_tokens_of_a_head_with_a_bias_are_refused(tmp_path):
 
 @pytest.mark.parametrize("saved", ["norm", "mlp", "layers.1.self_attn.q_proj"])
 def test_other_modules_to_save_are_refused(saved, tmp_path):
-    save("llama", tmp_path, target_modules=["v_proj"], modules_to_save=["lm_head", saved])
+    save("llama", lora(target_modules=["v_proj"], modules_to_save=["lm_head", saved]), tmp_path)
     reason, message = refused("llama", tmp_path)
     assert reason == "UNSUPPORTED_SITE"
     assert saved in message
@@ -229,7 +172,7 @@ def test_other_modules_to_save_are_refused(saved, tmp_path):
 
 @pytest.mark.parametrize("fields", [{"target_modules": ["v_proj", "embed_tokens"]}, {"modules_to_save": ["lm_head"]}])
 def test_a_resized_vocabulary_is_refused(fields, tmp_path):
-    save("llama", tmp_path, **{"target_modules": ["v_proj"], **fields})
+    save("llama", lora(**{"target_modules": ["v_proj"], **fields}), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = {
         name: torch.cat([t, t[:, :3]], 1)
@@ -248,8 +191,7 @@ def test_a_resized_vocabulary_is_refused(fields, tmp_path):
 
 def test_embeddings_that_the_config_does_not_name_are_refused(tmp_path):
     """PEFT loads them over the base's own."""
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"])
-    tuned = peft.get_peft_model(make_model("llama"), config)
+    tuned = peft.get_peft_model(make_model("llama"), lora(target_modules=["v_proj"]))
     tuned.save_pretrained(tmp_path, save_embedding_layers=True)
     reason, message = refused("llama", tmp_path)
     assert reason == "UNUSED_TENSOR"

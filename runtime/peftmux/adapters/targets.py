@@ -40,8 +40,7 @@ def target_sites(
         chosen = [site for site in base.linear_sites if site != base.head]
     else:
         chosen = list(_matching(fields, targets, base, matcher))
-    withheld = [fields["exclude_modules"], fields.get("modules_to_save")]  # saved whole: PEFT puts no adapter there
-    chosen = sorted(site for site in chosen if not any(_excluded(names, site, matcher) for names in withheld))
+    chosen = sorted(_allowed(fields, chosen, matcher))
     for site in chosen:
         if site not in base.linear_sites and site not in others:
             raise AdapterInvalid(
@@ -88,10 +87,15 @@ def _in_layers(fields: Mapping[str, Any], name: str, matcher: PatternMatcher) ->
     return index is not None and index in (layers if isinstance(layers, list) else [layers])
 
 
-def _excluded(excluded: str | list[str] | None, name: str, matcher: PatternMatcher) -> bool:
-    if isinstance(excluded, str):
-        return matcher.full("exclude_modules", excluded, name)
-    return excluded is not None and not set(excluded).isdisjoint(_endings(name))
+def _allowed(fields: Mapping[str, Any], names: Iterable[str], matcher: PatternMatcher) -> Iterator[str]:
+    """Those that are not excluded, nor saved whole: PEFT puts no adapter there."""
+    excluded = fields["exclude_modules"] or []
+    pattern, listed = (excluded, []) if isinstance(excluded, str) else (None, excluded)
+    withheld = {*listed, *(fields.get("modules_to_save") or [])}
+    for name in names:
+        by_pattern = pattern is not None and matcher.full("exclude_modules", pattern, name)
+        if not by_pattern and withheld.isdisjoint(_endings(name)):
+            yield name
 
 
 def _endings(name: str) -> list[str]:

@@ -8,6 +8,7 @@ while PEFT saves either module of modules_to_save by itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class Replacement:
 
 def plan_replaced(fields: Mapping[str, Any], base: BaseModel, ledger: Ledger) -> dict[str, Replacement]:
     """By module path: the input embedding, the output projection, or both. Claims their tensors."""
-    saved = {module for name in fields[_SAVED] or () for module in _modules(_SAVED, name, base)}
+    saved = {module for name in dict.fromkeys(fields[_SAVED] or ()) for module in _modules(_SAVED, name, base)}
     tokens = _token_ids(fields, base)
     if both := sorted(saved & tokens.keys()):
         raise AdapterInvalid(
@@ -88,7 +89,7 @@ def _modules(field: str, name: str, base: BaseModel) -> list[str]:
 
 
 def _token_ids(fields: Mapping[str, Any], base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """The trainable tokens by module, as the config names them."""
+    """The trainable tokens by module: those that the config names, and the head that is tied to one."""
     given = fields[_TOKENS] or {}
     if isinstance(given, list):
         if not base.embedding:
@@ -103,6 +104,8 @@ def _token_ids(fields: Mapping[str, Any], base: BaseModel) -> dict[str, tuple[in
             if module in tokens:
                 raise AdapterInvalid(Reason.INVALID_FIELD, f"field {_TOKENS}: expected {module} once, got it twice")
             tokens[module] = _checked_ids(ids, _shape(module, base)[0])
+    if base.tied and base.head and base.embedding in tokens:
+        tokens.setdefault(base.head, tokens[base.embedding])
     return tokens
 
 
@@ -111,20 +114,21 @@ def _checked_ids(ids: list[int], rows: int) -> tuple[int, ...]:
         raise AdapterInvalid(
             Reason.INVALID_FIELD, f"field {_TOKENS}: expected ids below this base's {rows}, got {max(ids)}"
         )
-    if len(set(ids)) != len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
+    twice, times = Counter(ids).most_common(1)[0]
+    if times > 1:
         raise AdapterInvalid(Reason.INVALID_FIELD, f"field {_TOKENS}: expected each id once, got {twice} twice")
     return tuple(ids)
 
 
 def _plan_tokens(tokens: Mapping[str, tuple[int, ...]], base: BaseModel, ledger: Ledger) -> dict[str, Replacement]:
-    plan = {module: _plan_rows(module, ids, base, ledger) for module, ids in tokens.items() if module != base.head}
-    ids = tokens.get(base.head or "")
-    source = plan.get(base.embedding)
-    if base.head and base.tied and source is not None and ids in (None, source.ids):
-        plan[base.head] = source  # one tensor, both ends
-    elif base.head and ids:
-        plan[base.head] = _plan_rows(base.head, ids, base, ledger)
+    """Tied ends with the same tokens have one tensor; PEFT takes different tokens for a wish to untie them."""
+    plan: dict[str, Replacement] = {}
+    for module in sorted(tokens, key=lambda module: module != base.embedding):
+        source = plan.get(base.embedding)
+        if base.tied and source is not None and source.ids == tokens[module]:
+            plan[module] = source
+        else:
+            plan[module] = _plan_rows(module, tokens[module], base, ledger)
     if base.head in plan and base.linear_sites[base.head].has_bias:
         raise AdapterInvalid(
             Reason.UNSUPPORTED_FIELD,
