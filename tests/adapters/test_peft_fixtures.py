@@ -28,10 +28,15 @@ SERVED = {
     "llama/prefix": "prefix",
     "llama/prefix_projection": "prefix",
     "qwen2/lora": "lora",
+    "qwen2/lora_alora": "lora",
     "qwen2/lora_bias_all": "lora",
     "qwen2/lora_bias_lora_only": "lora",
     "qwen2/lora_bias_term": "lora",
     "qwen2/lora_dora": "dora",
+    "qwen2/lora_dora_embed_lmhead": "dora",
+    "qwen2/lora_embed": "lora",
+    "qwen2/lora_modules_to_save": "lora",
+    "qwen2/lora_trainable_tokens": "lora",
     "qwen2/prefix": "prefix",
 }
 SERVED_BF16 = {"llama/lora.bf16base": "lora", "llama/lora_dora.bf16base": "dora"}
