@@ -122,6 +122,7 @@ def test_levels_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     v4 = v3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
     monkeypatch.setattr(levels, "_is_x86", lambda: True)
     for features, expected in (
+        (v4 | {"avx512_bf16", "amx_tile", "amx_bf16"}, "x86-64-v4-amx"),
         (v4 | {"avx512_bf16", "amx_tile"}, "x86-64-v4-bf16"),
         (v4, "x86-64-v4"),
         (v4 - {"avx512vl"}, "x86-64-v3"),

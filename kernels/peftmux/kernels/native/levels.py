@@ -22,8 +22,15 @@ class Level:
     """As Linux names them in /proc/cpuinfo."""
 
 
+_BF16 = _V4 | {"avx512_bf16"}
+
 X86_LEVELS = (
-    Level("x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    Level(
+        "x86-64-v4-amx",
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        _BF16 | {"amx_tile", "amx_bf16"},
+    ),
+    Level("x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16"), _BF16),
     Level("x86-64-v4", ("-march=x86-64-v4",), _V4),
     Level("x86-64-v3", ("-march=x86-64-v3",), _V3),
 )
@@ -35,11 +42,14 @@ def buildable() -> tuple[Level, ...]:
     return X86_LEVELS if _is_x86() else (_native(),)
 
 
+def runnable() -> tuple[Level, ...]:
+    """The levels that this CPU runs, best first; none where it does not say what it has."""
+    return tuple(level for level in buildable() if level.needs <= _features())
+
+
 def best() -> Level | None:
-    """The level to run here, or None where the CPU has none of them or does not say what it has."""
-    if not _is_x86():
-        return _native()
-    return next((level for level in X86_LEVELS if level.needs <= _features()), None)
+    """The first of `runnable`, if any."""
+    return next(iter(runnable()), None)
 
 
 def has(feature: str) -> bool:

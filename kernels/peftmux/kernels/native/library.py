@@ -22,7 +22,7 @@ from peftmux.kernels.native.build import (
     prebuilt_path,
     source_digest,
 )
-from peftmux.kernels.native.levels import Level, best
+from peftmux.kernels.native.levels import Level, runnable
 
 Function = Callable[..., None]
 
@@ -47,6 +47,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 }
 """As the extern "C" functions of src/; each exists with the suffixes of _SUFFIXES."""
 
+_DENSE = (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
+
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -60,10 +62,15 @@ class Library:
             for name, types in _SIGNATURES.items()
             for dtype, suffix in _SUFFIXES.items()
         }
+        self._dense = _bind_dense(loaded)
 
     def function(self, name: str, dtype: torch.dtype) -> Function:
         """The function for this element type; `supports` says whether there is one."""
         return self._functions[name, dtype]
+
+    def dense(self, dtype: torch.dtype) -> Function | None:
+        """peftmux_dense_bf16, where there is one at this level and the system lets this process use it."""
+        return self._dense if dtype is torch.bfloat16 else None
 
     @staticmethod
     def supports(device: torch.device | str, dtype: torch.dtype) -> bool:
@@ -75,6 +82,11 @@ def _bind(loaded: ctypes.CDLL, name: str, types: tuple[type, ...]) -> Function:
     function.argtypes = types
     function.restype = None
     return function
+
+
+def _bind_dense(loaded: ctypes.CDLL) -> Function | None:
+    ready = getattr(loaded, "peftmux_dense_ready", None)
+    return _bind(loaded, "peftmux_dense_bf16", _DENSE) if ready is not None and ready() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +111,23 @@ def load() -> Library | None:
 @cache
 def status() -> Status:
     """Load once a process, and say how it went."""
-    level = best()
+    if os.environ.get("PEFTMUX_NATIVE", "1") == "0":
+        return Status(None, "", "", "PEFTMUX_NATIVE=0")
+    failed: Status | None = None
+    for level in runnable():  # an older compiler may not know the best one
+        status = _open(level)
+        if status.library:
+            return status
+        failed = failed or status
+    return failed or Status(None, "", "", "this CPU has none of the supported instruction sets (AVX2 or better)")
+
+
+def _open(level: Level) -> Status:
     try:
-        if os.environ.get("PEFTMUX_NATIVE", "1") == "0":
-            raise BuildError("PEFTMUX_NATIVE=0")
-        if level is None:
-            raise BuildError("this CPU has none of the supported instruction sets (AVX2 or better)")
         path = find_or_compile(level)
         return Status(Library(path), level.name, str(path), "")
     except (BuildError, OSError, AttributeError) as error:
-        return Status(None, level.name if level else "", "", str(error))
+        return Status(None, level.name, "", str(error))
 
 
 def open_level(level: Level) -> Library:

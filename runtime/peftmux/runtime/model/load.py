@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from peftmux.kernels.dense import choose_dense
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.attention import IMPLEMENTATION
-from peftmux.runtime.model.dense import choose_dense
 from peftmux.runtime.model.discover import discover
 from peftmux.runtime.model.loaded import Anatomy, LoadedModel
 from peftmux.runtime.model.rotary import pin_frequencies

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.base import LinearSite
+from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.embedding import EmbeddingSite
 from peftmux.kernels.lowrank import LowRankSite
 from peftmux.kernels.rows import RowsSite
-from peftmux.runtime.model.dense import PackedDense, PlainDense, stack
+from peftmux.runtime.model.dense import stack
 from peftmux.runtime.model.step import StepState
 
 
@@ -28,7 +29,7 @@ class SiteGroup:
         sites: Sequence[LinearSite],
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        dense: type[PlainDense] | type[PackedDense],
+        dense: DenseForm,
         step: StepState,
         segments: str,
     ) -> None:

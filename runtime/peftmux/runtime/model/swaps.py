@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftmux.adapters.base import LinearSite
+from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingSite
-from peftmux.runtime.model.dense import PackedDense, PlainDense
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.rotary import swap_rotary
 from peftmux.runtime.model.sites import SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
@@ -31,7 +31,7 @@ class Swapper:
         self,
         model: PreTrainedModel,
         token_linears: frozenset[str],
-        dense: type[PlainDense] | type[PackedDense],
+        dense: DenseForm,
         step: StepState,
     ) -> None:
         self._model = model

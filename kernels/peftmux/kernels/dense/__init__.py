@@ -1,0 +1,6 @@
+"""The base model's own linear layers."""
+
+from peftmux.kernels.dense.launch import Dense, DenseForm, choose_dense
+from peftmux.kernels.dense.reference import dense
+
+__all__ = ["Dense", "DenseForm", "choose_dense", "dense"]
