@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,6 +198,8 @@ async def _serve(args: argparse.Namespace) -> None:
     if config.tokens is not None and config.tls is None:
         logger.warning("bearer tokens travel in the clear: no --tls-cert-path")
     metrics = ServerMetrics()
+    # as process 1 of a container the default handler would not act, and nothing is there to drain yet
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os._exit, 128 + signal.SIGTERM)
     try:
         engine = await start_engine(engine_config(args), metrics.engine)
     except (RuntimeFailure, AdapterError) as error:

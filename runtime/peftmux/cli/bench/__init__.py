@@ -7,6 +7,6 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Imported late, so that the opponents' module can also be run by itself."""
-    from peftmux.cli.bench.main import main as run
+    from peftmux.cli.bench.command import main as run
 
     return run(argv)
