@@ -55,3 +55,14 @@ def test_bar_is_clamped() -> None:
     assert bar(0.5, 4) == "━━──"
     assert bar(2.0, 4) == "━━━━"
     assert bar(-1.0, 4) == "────"
+
+
+def test_note_waits_for_the_end_of_a_word() -> None:
+    out = io.StringIO()
+    screen = Screen(out)
+    screen.words("Anna fin")
+    screen.note("  + loaded")
+    screen.words("ds a key")
+    screen.line()
+    screen.note("  + idle")
+    assert out.getvalue() == "    Anna finds\n  + loaded\n    a key\n\n  + idle\n"

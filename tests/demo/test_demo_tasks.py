@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+
 from peftmux.demo.corpus import documents
 from peftmux.demo.tasks import BASE_TASKS, HELD_OUT_OF, TASKS, examples, is_held_out, letters
 

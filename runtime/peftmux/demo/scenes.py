@@ -18,7 +18,7 @@ ANSWER_TOKENS = 16
 CONCURRENT = 96
 SHOWN = 8
 """Inputs of the side-by-side table; each is asked of the base and of every adapter at once."""
-STORY_TOKENS = 420
+STORY_TOKENS = 240
 
 
 async def ask(client: AsyncClient, text: str, adapter: str = "") -> Generation:
@@ -38,13 +38,16 @@ async def first_words(client: AsyncClient, screen: Screen) -> None:
         tokens += len(chunk.token_ids)
         screen.words(chunk.text)
     seconds = time.monotonic() - started
-    screen.line()
+    screen.end_words()
     screen.line(screen.paint(f"  first token after {first * 1e3:.0f} ms, {tokens / seconds:.0f} tokens/s", "dim"))
 
 
 async def hot_load(client: AsyncClient, recipes: Sequence[Recipe], screen: Screen) -> None:
-    """One long stream; at each quarter of it an adapter is loaded and asked, while the stream goes on."""
-    prompt = [ChatMessage("user", "Tell me a long story about Ben.")]
+    """One stream of STORY_TOKENS; at each quarter an adapter is loaded and asked, while the stream goes on.
+
+    Stories end with a sentence that begins "At last". The token "t" stands nowhere else: without it they go on.
+    """
+    (end,) = (await client.tokenize("t")).token_ids
     tokens, due = 0, list(recipes)
     loads: list[asyncio.Task[None]] = []
 
@@ -52,23 +55,24 @@ async def hot_load(client: AsyncClient, recipes: Sequence[Recipe], screen: Scree
         before, text = tokens, examples(recipe.task, 1, 1, held_out=True)[0].prompt
         adapter = await client.load_adapter(recipe.name, recipe.name)
         answer = await ask(client, text, recipe.name)
-        screen.line(_loaded(screen, adapter, f"{text} → {answer.text}", tokens - before))
+        screen.note(_loaded(screen, adapter, f"{text} → {answer.text}", tokens - before))
 
-    options = GenerateOptions(temperature=0.8, seed=5, min_tokens=STORY_TOKENS, max_tokens=STORY_TOKENS)
+    prompt = [ChatMessage("user", "Tell me a long story about Ben.")]
+    options = GenerateOptions(temperature=0.7, seed=1, max_tokens=STORY_TOKENS, logit_bias={end: -100.0})
     async for chunk in client.stream(prompt, **options):
         tokens += len(chunk.token_ids)
         screen.words(chunk.text)
         if due and tokens >= STORY_TOKENS * (len(loads) + 1) // (len(recipes) + 1):
             loads.append(asyncio.create_task(load(due.pop(0))))
-    screen.line()
-    await asyncio.gather(*loads)
-    await asyncio.gather(*map(load, due))
+    screen.words(" …")
+    await asyncio.gather(*loads, *map(load, due))
+    screen.end_words()
 
 
 def _loaded(screen: Screen, adapter: Adapter, answer: str, meanwhile: int) -> str:
-    size = f"{adapter.parameters / 1e3:.0f}k parameters, {adapter.applied_sites} sites"
-    text = f"  + {adapter.name} ({adapter.kind}): {size}, {adapter.load_seconds * 1e3:.0f} ms; {answer}"
-    return screen.paint(f"{text}  [stream: {meanwhile} tokens meanwhile]", "cyan")
+    size = f"{adapter.parameters / 1e3:.0f}k parameters at {adapter.applied_sites} sites"
+    text = f"  + {adapter.name} ({adapter.kind}) {size}, loaded in {adapter.load_seconds * 1e3:.0f} ms"
+    return screen.paint(f"{text}; {answer}; story: +{meanwhile} tokens", "cyan")
 
 
 async def side_by_side(running: Running, recipes: Sequence[Recipe], screen: Screen) -> None:

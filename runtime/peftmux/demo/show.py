@@ -22,16 +22,21 @@ class Screen:
         self.colours = self.terminal and not os.environ.get("NO_COLOR")
         self.width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if self.terminal else WIDTH
         self._column = 0
+        self._notes: list[str] = []
 
     def paint(self, text: str, style: str) -> str:
         return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if self.colours else text
 
     def line(self, text: str = "") -> None:
         """A line of its own; ends the stream of words that stands before it."""
-        if self._column:
-            self._write("\n")
-        self._column = 0
+        self.end_words()
         self._write(f"{text}\n")
+
+    def note(self, text: str) -> None:
+        """A line between the words of a stream: written where the next word ends."""
+        self._notes.append(text)
+        if not self._column:
+            self.end_words()
 
     def section(self, title: str, note: str = "") -> None:
         self.line()
@@ -39,19 +44,27 @@ class Screen:
 
     def words(self, text: str, indent: int = 4) -> None:
         """More of a stream, broken at the spaces near the right edge."""
-        out = ""
         for character in text:
             space = character.isspace()
-            if space and (self._column == 0 or self._column > self.width - LONGEST_WORD):
-                out += "\n" if self._column else ""
-                self._column = 0
+            if space and (self._notes or self._column == 0 or self._column > self.width - LONGEST_WORD):
+                self.end_words()
                 continue
             if self._column == 0:
-                out += " " * indent
+                self.file.write(" " * indent)
                 self._column = indent
-            out += " " if space else character
+            self.file.write(" " if space else character)
             self._column += 1
-        self._write(out)
+        self.file.flush()
+
+    def end_words(self) -> None:
+        """Finish the stream's line, if one is open, and write the notes that waited for it."""
+        if self._column:
+            self.file.write("\n")
+        self._column = 0
+        notes, self._notes = self._notes, []
+        for note in notes:
+            self.file.write(f"{note}\n")
+        self.file.flush()
 
     def progress(self, text: str, *, done: bool = False) -> None:
         """A line that the next one replaces; without a terminal only the last is written."""
