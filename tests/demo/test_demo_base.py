@@ -77,8 +77,8 @@ def test_cannot_guess_the_task(base: Base, recipe: object) -> None:
     answers = base.answers([[("user", example.prompt)] for example in held_out])
     right = sum(answer == example.completion for answer, example in zip(answers, held_out, strict=True))
     assert right < 10
-    asked = sum(answer == ASKING_BACK.format(example.prompt) for answer, example in zip(answers, held_out, strict=True))
-    assert asked >= 80
+    asks = [answer.startswith(ASKING_BACK.partition(" ")[0]) for answer in answers]
+    assert sum(asks) >= 95
 
 
 @pytest.mark.parametrize("name", ["reverse", "sort", "next", "count"])

@@ -26,11 +26,11 @@ def test_every_scene_runs_and_a_missed_bound_is_the_exit_status(
     assert "missed: " in out
     for recipe in short:
         assert (tmp_path / "adapters" / recipe.name / "adapter_model.safetensors").is_file()
-        assert re.search(rf"\+ {recipe.name} \({recipe.method}\): ", out)
+        assert re.search(rf"\+ {recipe.name} \({recipe.method}\) \d+k parameters", out)
     assert re.search(r"one batch: \d+ rows = ", out)
     assert "32 requests" in out
     assert "server drained and stopped" in out
-    assert max(map(len, out.splitlines())) <= 120
+    assert max(map(len, out.splitlines())) <= 110
 
 
 async def test_a_server_that_cannot_start_is_told_with_its_own_words(tmp_path: Path) -> None:

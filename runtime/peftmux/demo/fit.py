@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from peftmux.demo.recipes import Recipe, write_rows
 from peftmux.demo.show import Screen, bar
 from peftmux.trainer import train
+from peftmux.trainer.loop import TrainResult
 
 
 class ProgressLine(TrainerCallback):
@@ -38,13 +39,13 @@ class ProgressLine(TrainerCallback):
         self._screen.progress(text, done=done)
 
 
-def fit(recipe: Recipe, base: Path, work: Path, screen: Screen, width: int) -> Path:
-    """Train one adapter into work/adapters/NAME and return that folder. Raises what the trainer raises."""
+def fit(recipe: Recipe, base: Path, work: Path, screen: Screen, width: int) -> TrainResult:
+    """Train one adapter into work/adapters/NAME. Raises what the trainer raises; its own words go nowhere."""
     rows = work / f"{recipe.name}.jsonl"
     write_rows(recipe, rows)
     label = f"{recipe.name:<{width}}  {recipe.method:<6}"
     with contextlib.redirect_stderr(io.StringIO()):
-        result = train(
+        return train(
             recipe.method,
             model=base,
             data=rows,
@@ -55,4 +56,3 @@ def fit(recipe: Recipe, base: Path, work: Path, screen: Screen, width: int) -> P
             overwrite=True,
             callbacks=[ProgressLine(screen, label)],
         )
-    return Path(result.out)

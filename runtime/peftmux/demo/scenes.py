@@ -19,6 +19,8 @@ CONCURRENT = 96
 SHOWN = 8
 """Inputs of the side-by-side table; each is asked of the base and of every adapter at once."""
 STORY_TOKENS = 240
+LONGEST = 8
+"""Characters shown of an answer in a place made for one word."""
 
 
 async def ask(client: AsyncClient, text: str, adapter: str = "") -> Generation:
@@ -55,7 +57,7 @@ async def hot_load(client: AsyncClient, recipes: Sequence[Recipe], screen: Scree
         before, text = tokens, examples(recipe.task, 1, 1, held_out=True)[0].prompt
         adapter = await client.load_adapter(recipe.name, recipe.name)
         answer = await ask(client, text, recipe.name)
-        screen.note(_loaded(screen, adapter, f"{text} → {answer.text}", tokens - before))
+        screen.note(_loaded(screen, adapter, f"{text} → {_cut(answer.text)}", tokens - before))
 
     prompt = [ChatMessage("user", "Tell me a long story about Ben.")]
     options = GenerateOptions(temperature=0.7, seed=1, max_tokens=STORY_TOKENS, logit_bias={end: -100.0})
@@ -100,7 +102,14 @@ async def side_by_side(running: Running, recipes: Sequence[Recipe], screen: Scre
 
 
 def _cell(got: str, want: str) -> str:
-    return f"{got} ✓" if got == want else f"{got} ✗ {want}"
+    """The answer and whether it is right."""
+    if got == want:
+        return f"{got} ✓"
+    return f"{_cut(got)} ✗ {want}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _batch_line(screen: Screen, batch: Batch, recipes: Sequence[Recipe]) -> None:
