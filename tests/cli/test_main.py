@@ -101,12 +101,13 @@ def test_flags_of_adapters_are_frozen():
     parser, settings = adapters.build_parser()
     actions = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert isinstance(actions, dict)
-    assert list(actions) == list(settings) == ["load", "unload", "list", "get", "inspect"]
+    assert list(actions) == list(settings) == ["load", "unload", "list", "get", "convert", "inspect"]
     assert {name: flags(action) - CONNECTION - {"--json"} for name, action in actions.items()} == {
         "load": {"--revision", "--pinned", "--replace", "--wait", "--no-wait"},
         "unload": {"--wait", "--no-wait"},
         "list": set(),
         "get": set(),
+        "convert": {"--out"},
         "inspect": {"--model"},
     }
 

@@ -242,3 +242,13 @@ def test_the_cost_of_a_token_does_not_grow(monkeypatch):
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="at least one character"):
         Detokenizer(tokenizer_of("byte_level"), (), ("a", ""))
+
+
+def test_the_first_tokens_cannot_stop():
+    tokenizer = tokenizer_of("byte_level")
+    ids = tokenizer.encode("ab ab ab ab", add_special_tokens=False)
+    free = Detokenizer(tokenizer, (), ("b",), min_tokens=len(ids) - 1)
+    pieces = [free.push([token]) for token in ids]
+    assert [stopped for _, stopped in pieces] == [False] * (len(ids) - 1) + [True]
+    assert "".join(text for text, _ in pieces) == "ab ab ab a"
+    assert Detokenizer(tokenizer, (), ("b",)).push(ids) == ("a", True)

@@ -105,6 +105,7 @@ def test_a_merge_across_the_border_does_not_change_the_prompt(tmp_path: Path):
             '{"prompt": "a", "completion": ""}',
             r":2: column 'completion': expected text .* an empty string",
         ),
+        ('{"prompt": "a", "completion": "c", "label": 1}', r":2: column 'label' is for classification"),
         ('{"prompt": "a", "completion": "\udcff"}', r":2: expected UTF-8 text, found invalid start byte at byte"),
     ],
 )

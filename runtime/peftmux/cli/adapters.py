@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftmux.adapters.parts import LoweredAdapter
     from peftmux.client import Adapter
 
+_OFFLINE = ("convert", "inspect")
 _COLUMNS = ("name", "kind", "state", "residency", "rank", "bytes", "in flight", "revision", "source")
 
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
     settings[args.action].resolve(args, os.environ)
     if args.action == "inspect" and args.model is None:
         parser.error("expected --model MODEL, got none")
+    if args.action == "convert" and args.out is None:
+        parser.error("expected --out DIR, got none")
     _ACTIONS[args.action](args)
     return 0
 
@@ -39,7 +42,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, Settings]]:
     for name, text in _TEXTS.items():
         settings[name] = Settings(actions.add_parser(name, help=text, description=text.capitalize() + "."))
         if name != "list":
-            metavar, what = ("PATH", "the adapter's folder") if name == "inspect" else ("NAME", "the adapter's name")
+            metavar, what = ("PATH", "the adapter's folder") if name in _OFFLINE else ("NAME", "the adapter's name")
             settings[name].add(metavar.lower(), metavar=metavar, help=what)
     load = settings["load"]
     load.add("source", metavar="SOURCE", help="its folder, under the server's adapter root")
@@ -48,10 +51,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, Settings]]:
     load.add("--replace", action="store_true", default=False, help="other content becomes the name's new revision")
     for name in ("load", "unload"):
         settings[name].add("--wait", action=argparse.BooleanOptionalAction, default=True, help="return when it is done")
+    settings["convert"].add("--out", metavar="DIR", help="a new folder for the converted adapter")
     settings["inspect"].add("--model", metavar="MODEL", help="the base model, a folder or a hub id")
     for name, options in settings.items():
         options.add("--json", action="store_true", default=False, help="print JSON")
-        if name != "inspect":
+        if name not in _OFFLINE:
             add_connection(options)
     return parser, settings
 
@@ -93,17 +97,28 @@ def _inspect(args: argparse.Namespace) -> None:
     print(_json(fields) if args.json else _lines(fields))
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from peftmux.adapters.convert import convert_adapter
+    from peftmux.adapters.errors import AdapterError
+
+    try:
+        digest = convert_adapter(args.path, args.out)
+    except AdapterError as error:
+        raise CommandError(str(error)) from error
+    fields = {"folder": args.out, "revision": digest}
+    print(_json(fields) if args.json else _lines(fields))
+
+
 def _lower(path: str, model: str) -> LoweredAdapter:
     """Read and lower the folder exactly as a server of `model` would."""
-    from transformers import AutoModelForCausalLM
-
+    from peftmux.adapters.checkpoint import load_checkpoint
     from peftmux.adapters.errors import AdapterError, AdapterInvalid
     from peftmux.adapters.lower import load_adapter
     from peftmux.adapters.torch_base import TorchBase
 
     try:
-        module = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        module = load_checkpoint(model, dtype="auto")
+    except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(f"cannot load the base model {model!r}: {error}") from error
     try:
         return load_adapter(path, TorchBase(module))
@@ -173,6 +188,7 @@ _TEXTS = {
     "unload": "unload an adapter",
     "list": "every adapter of the server",
     "get": "all there is to know of one adapter",
+    "convert": "turn a folder's adapter_model.bin, a pickle, into safetensors, offline; only for sources you trust",
     "inspect": "check a folder against a base model, offline, exactly as a server would",
 }
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -180,5 +196,6 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "unload": _unload,
     "list": _list,
     "get": _get,
+    "convert": _convert,
     "inspect": _inspect,
 }

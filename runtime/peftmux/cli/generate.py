@@ -28,7 +28,7 @@ _SAMPLING: dict[str, tuple[Any, str]] = {
     "presence-penalty": (float, "-2 to 2"),
     "frequency-penalty": (float, "-2 to 2"),
     "max-tokens": (values.positive, "at most this many tokens; the rest of the context if left out"),
-    "min-tokens": (values.natural, "no end before this many tokens"),
+    "min-tokens": (values.natural, "no end token and no stop string before this many tokens"),
     "logprobs": (values.natural, "with --json: log-probabilities and this many alternatives for each token"),
     "priority": (int, "higher is served first; 0 is normal"),
 }

@@ -14,7 +14,10 @@ from peftmux.cli.errors import CommandError
 COMMANDS = {
     "serve": ("peftmux.cli.serve", "serve a base model and its adapters over gRPC"),
     "generate": ("peftmux.cli.generate", "ask a running server, and see the answer as it is made"),
-    "adapters": ("peftmux.cli.adapters", "load, unload, list, get on a running server; inspect a folder offline"),
+    "adapters": (
+        "peftmux.cli.adapters",
+        "load, unload, list, get on a running server; inspect or convert a folder offline",
+    ),
     "train": ("peftmux.trainer.cli", "train an adapter"),
     "bench": ("peftmux.cli.bench", "measure tokens per second beside transformers' own generation"),
     "demo": ("peftmux.demo.main", "train three adapters, serve them in one batch, show what each answers"),

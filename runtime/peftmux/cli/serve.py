@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from peftmux.runtime.server import Server, ServerConfig
 
 logger = logging.getLogger("peftmux.serve")
+
+_LAST_SECONDS = 1.9
+"""After the grace, for the last statuses to go out; a hung process is ended then."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -206,10 +210,25 @@ async def _serve(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
     server = Server(engine, metrics, config)
     try:
-        await server.run(lambda started: print(_ready(started, engine.info), flush=True))
+        await server.run(
+            lambda started: print(_ready(started, engine.info), flush=True),
+            lambda: _leave_within(config.grace_seconds + _LAST_SECONDS),
+        )
     except OSError as error:
         await engine.drain(0.0)
         raise CommandError(str(error)) from error
+
+
+def _leave_within(seconds: float) -> None:
+    """Whatever hangs while leaving, the process is gone by then: what manages it counts on that."""
+
+    def leave() -> None:
+        logger.error("still here %g s after SIGTERM: leaving at once", seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
 
 
 def _ready(server: Server, model: ModelInfo) -> str:

@@ -56,7 +56,7 @@ def address(text: str) -> str:
 
 
 def address_or_off(text: str) -> str | None:
-    return None if text == "off" else address(text)
+    return None if text.lower() in ("off", "false") else address(text)  # YAML reads a bare off as false
 
 
 def named_path(text: str) -> tuple[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from peftmux.adapters.checkpoint import load_checkpoint
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.options import RunOptions
 
@@ -18,12 +19,9 @@ def load_base(options: RunOptions) -> tuple[Any, Any]:
         logging.disable_progress_bar()
     extra = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     try:
-        config = AutoConfig.from_pretrained(options.model)
-        if config.is_encoder_decoder:
-            raise OptionError("model", f"expected a decoder-only causal LM, {options.model} is an encoder-decoder")
+        model = load_checkpoint(options.model, dtype=options.dtype, **extra)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **extra)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         message = f"{options.model} cannot be loaded as a causal LM with its tokenizer: {error}"
         raise OptionError("model", message) from error
     if tokenizer.eos_token_id is None and options.append_eos:

@@ -106,6 +106,8 @@ def _prepare(method: Method, options: RunOptions, config: Any, training: Mapping
     args = training_arguments(options, training, method.learning_rate(model.config.get_text_config().hidden_size))
     base_parameters = model.num_parameters()
     limit = min(options.max_length or sys.maxsize, longest_row(model, getattr(config, "num_virtual_tokens", 0)))
+    if limit < 2:
+        raise OptionError("num-virtual-tokens", f"expected room for a row in the model's context, found {limit} tokens")
     data = _encode(options.data, rows, tokenizer, options, limit)
     eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit) if options.eval_data else None
 

@@ -24,11 +24,20 @@ class Detokenizer:
     """The text of one request. Not thread-safe.
 
     `prompt_ids` lend no context: the text equals `decode` of the generated ids, which is what a client can check.
+    Stop strings are looked for behind the first `min_tokens` tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+    ) -> None:
         self._text = _stream(_vocabulary(tokenizer))
         self._stop = _StopStrings(stop)
+        self._free = min_tokens
+        """Tokens still to come that cannot stop."""
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """New text that is certain, and whether a stop string has been found: the text then ends before it.
@@ -36,7 +45,10 @@ class Detokenizer:
         Of several stop strings the one that is complete first counts, so that the answer does not depend on how the
         tokens are handed over. After a stop nothing follows.
         """
-        return self._stop.push("".join([self._text.push(token) for token in token_ids]))
+        free = "".join([self._text.push(token) for token in token_ids[: self._free]])
+        text, stopped = self._stop.push("".join([self._text.push(token) for token in token_ids[self._free :]]))
+        self._free = max(0, self._free - len(token_ids))
+        return free + text, stopped
 
     def finish(self) -> str:
         """What was held back: the beginning of a stop string, a character whose end never came (as U+FFFD)."""

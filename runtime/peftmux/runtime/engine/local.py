@@ -164,7 +164,7 @@ class LocalEngine:
         ends = frozenset(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
             ends |= self._end_token_ids
-        stream = self._text.stream(request.prompt, request.stopping.stop)
+        stream = self._text.stream(request.prompt, request.stopping)
         return ActiveRequest(next(self._ids), request, revision, stream, ends, limit, mailbox.put)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from peftmux.runtime.engine.detokenize import Detokenizer
 from peftmux.runtime.engine.request import NoText, TextStream
 from peftmux.runtime.errors import InvalidRequest
+from peftmux.runtime.params import StoppingParams
 
 
 class Text:
@@ -40,13 +41,13 @@ class Text:
             pieces = self._need("input").convert_ids_to_tokens(list(ids))
         return tuple("" if p is None else str(p) for p in pieces)
 
-    def stream(self, prompt: Sequence[int], stop: tuple[str, ...]) -> TextStream:
+    def stream(self, prompt: Sequence[int], stopping: StoppingParams) -> TextStream:
         """A detokeniser for one request."""
         if self._tokenizer is None:
-            if stop:
+            if stopping.stop:
                 raise InvalidRequest("stopping.stop", "expected none: this model has no tokenizer")
             return NoText()
-        return Detokenizer(self._tokenizer, prompt, stop)
+        return Detokenizer(self._tokenizer, prompt, stopping.stop, stopping.min_tokens)
 
     def _need(self, field: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:

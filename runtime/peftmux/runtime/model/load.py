@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from peftmux.adapters.checkpoint import load_checkpoint
 from peftmux.kernels.dense import choose_dense
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.attention import IMPLEMENTATION
@@ -24,11 +25,8 @@ def load_model(
 ) -> LoadedModel:
     """From a folder or a hub id. dtype None is the checkpoint's own. Raises UnsupportedModel."""
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        module = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype or "auto", attn_implementation="eager", trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
+        module = load_checkpoint(name, dtype=dtype or "auto", attn_implementation="eager")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UnsupportedModel(f"cannot load the base model {name!r}: {error}") from error
     placed: PreTrainedModel = module.to(device)  # type: ignore[arg-type]
     return fit_model(placed, _tokenizer(name), name, context_length)
@@ -50,10 +48,10 @@ def fit_model(
 ) -> LoadedModel:
     """Take over a module that runs with eager attention: swap its layers and prove that it computes the same."""
     module.eval().requires_grad_(False)
+    discovery = discover(module)
     context_length = context_length or _context_length(module)
     pin_frequencies(module, context_length)
     expected = reference_logits(module)
-    discovery = discover(module)
     anatomy = Anatomy.of(module)
     step = StepState()
     swapper = Swapper(module, discovery.token_linears, choose_dense(module.device, module.dtype), step)

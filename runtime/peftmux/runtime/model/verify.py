@@ -76,6 +76,8 @@ def _inputs(
 
 def _compare(model: LoadedModel, want: Tensor, got: Tensor) -> None:
     """float32 logits agree to 1e-3 of their spread; half precision, where each rounding differs, on average to 5 %."""
+    if not bool(want.isfinite().all()):
+        raise UnsupportedModel(f"{model.name} cannot be served: its weights give logits that are not finite")
     spread = max(float(want.std()), 1e-6)
     difference = (want - got).abs()
     worst = float(difference.max() if model.dtype == torch.float32 else difference.mean()) / spread

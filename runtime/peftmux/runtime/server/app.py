@@ -107,8 +107,8 @@ class Server:
             await self._health.start()
         await self._server.start()
 
-    async def run(self, ready: Callable[[Server], None]) -> None:
-        """Start, tell `ready`, serve until SIGTERM or SIGINT, then drain. SIGINT while draining ends the process."""
+    async def run(self, ready: Callable[[Server], None], leaving: Callable[[], None] = lambda: None) -> None:
+        """Start, tell `ready`, serve until SIGTERM or SIGINT, tell `leaving`, drain. SIGINT then ends the process."""
         leave = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -116,6 +116,7 @@ class Server:
         await self.start()
         ready(self)
         await leave.wait()
+        leaving()
         loop.add_signal_handler(signal.SIGINT, os._exit, 130)
         await self.drain()
 

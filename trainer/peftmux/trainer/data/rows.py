@@ -17,6 +17,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 """The columns each format of a file needs. Other columns are ignored."""
 
+_LABELS = ("label", "labels")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -95,6 +97,9 @@ def _detect_format(path: Path, line: int, record: Mapping[str, object]) -> str:
 
 
 def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> Mapping[str, object]:
+    for column in _LABELS:
+        if column in record:
+            raise DataError(path, line, f"column {column!r} is for classification, which no method here trains yet")
     for column in FORMATS[kind]:
         if column not in record:
             found = ", ".join(map(repr, record)) or "none"

@@ -1,0 +1,44 @@
+"""Loads a base model's checkpoint whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+class UnusableCheckpoint(ValueError):
+    """Not a decoder-only causal LM whose every weight is in the checkpoint."""
+
+
+def load_checkpoint(name: str, **options: Any) -> PreTrainedModel:
+    """A causal LM from a folder or a hub id; `options` as `from_pretrained` takes them.
+
+    transformers fills weights that a checkpoint lacks with random numbers and goes on; here they are an error. Raises
+    UnusableCheckpoint, or what transformers raises (OSError, ValueError, RuntimeError).
+    """
+    if _looks_like_path(name) and not Path(name).is_dir():
+        raise UnusableCheckpoint(f"expected a folder or a hub id, found no folder {name!r}")
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise UnusableCheckpoint(f"expected a decoder-only causal LM, {name!r} is an encoder-decoder")
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        name, config=config, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model: PreTrainedModel
+    model, info = loading
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UnusableCheckpoint(
+            f"expected every weight of {type(model).__name__} in {name!r}, {len(missing)} missing: "
+            + ", ".join(missing[:4])
+            + (", ..." if len(missing) > 4 else "")
+        )
+    return model
+
+
+def _looks_like_path(name: str) -> bool:
+    """A hub id is "name" or "organisation/name"."""
+    return name.startswith((".", "~", os.sep)) or name.count(os.sep) > 1

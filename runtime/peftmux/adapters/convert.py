@@ -1,0 +1,51 @@
+"""Known pickles to safetensors, offline. A server never opens a pickle; who converts one trusts where it is from."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftmux.adapters.errors import AdapterInvalid, Reason, SourceNotFound
+from peftmux.adapters.files import CONFIG_FILE, parse_config
+from peftmux.adapters.writer import write_adapter
+
+PICKLE_FILE = "adapter_model.bin"
+
+
+def convert_adapter(source: str | Path, destination: str | Path) -> str:
+    """Write PEFT's two files of a folder whose tensors are in adapter_model.bin; returns the content's digest.
+
+    The pickle is opened by torch's restricted loader, which builds tensors and plain containers only. Raises
+    SourceNotFound, and AdapterInvalid where the folder is not such an adapter or the pickle holds anything else.
+    """
+    source, destination = Path(source), Path(destination)
+    if not source.is_dir():
+        raise SourceNotFound(f"no adapter folder {str(source)!r}")
+    for name in (CONFIG_FILE, PICKLE_FILE):
+        if not (source / name).is_file():
+            raise AdapterInvalid(Reason.MISSING_FILE, f"expected {CONFIG_FILE} and {PICKLE_FILE}, found no {name}")
+    if destination.exists() and any(destination.iterdir()):
+        raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {destination}")
+    config = parse_config((source / CONFIG_FILE).read_bytes())
+    return write_adapter(destination, config, _tensors(source / PICKLE_FILE))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise AdapterInvalid(
+            Reason.MALFORMED_TENSORS, f"{path.name}: expected a pickle of tensors, got: {reason}"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise AdapterInvalid(
+            Reason.MALFORMED_TENSORS, f"{path.name}: expected tensors by name, got {type(content).__name__}"
+        )
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise AdapterInvalid(Reason.MALFORMED_TENSORS, f"{path.name}: expected tensors by name, got {name!r}")
+    return content
