@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from peftmux.adapters.parts import LoweredAdapter
+from peftmux.adapters.parts import EmbeddingPart, LinearPart, LoweredAdapter, ReplacedRows
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.embedding import apply_embedding_part
 from peftmux.kernels.lowrank import apply_linear_part
@@ -56,6 +56,13 @@ def adapted_logits() -> Any:
     return _logits
 
 
+_CHANGES: dict[type, Any] = {
+    LinearPart: apply_linear_part,
+    ReplacedRows: apply_replaced_rows,
+    EmbeddingPart: apply_embedding_part,
+}
+
+
 @contextmanager
 def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[None]:
     """Within it, `module` also does what the adapter says to rows `ids` [rows, T]."""
@@ -69,11 +76,8 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
 
         return changed
 
-    sites: list[tuple[str, Any, Any]] = [(s, apply_replaced_rows, p) for s, p in adapter.rows.items()]
-    sites += [(s, apply_linear_part, p) for s, p in adapter.linear.items()]
-    if adapter.embedding is not None:
-        sites.append((TorchBase(module).embedding, apply_embedding_part, adapter.embedding))
-    handles = [module.get_submodule(s).register_forward_hook(hook(change, p)) for s, change, p in sites]
+    parts = [(s, p) for s, ps in adapter.parts.others.items() for p in ps] + [*adapter.parts.linear.items()]
+    handles = [module.get_submodule(s).register_forward_hook(hook(_CHANGES[type(p)], p)) for s, p in parts]
     try:
         yield
     finally:
@@ -95,11 +99,11 @@ def _active(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:
 def _logits(module: Any, adapter: LoweredAdapter, ids: Tensor) -> Tensor:
     """The adapted model's logits for unpadded rows `ids` [rows, T]: [rows, T, vocabulary]."""
     with _parts(module, adapter, ids):
-        if adapter.prefix is None:
+        if adapter.parts.prefix is None:
             plain: Tensor = module(input_ids=ids).logits
             return plain
         rows, length = ids.shape
-        prefix = adapter.prefix
+        prefix = adapter.parts.prefix
         stored = DynamicCache(config=module.config)
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             k, v = (t.to(module.dtype).transpose(0, 1).expand(rows, -1, -1, -1).contiguous() for t in (k, v))

@@ -40,7 +40,7 @@ def check(name: str, config: Any, folder: Any, adapted_logits: Any, tolerance: f
 def test_every_linear_layer(name, fields, tmp_path, adapted_logits):
     """Conv1D, the fused c_attn, packed qkv_proj and gate_up_proj, OPT's project_in and project_out are sites too."""
     adapter = check(name, lora(target_modules="all-linear", **fields), tmp_path, adapted_logits)
-    assert "lm_head" not in adapter.linear
+    assert "lm_head" not in adapter.parts.linear
     assert adapter.applied_sites == len(TorchBase(make_model(name)).linear_sites) - 1
 
 
@@ -109,7 +109,7 @@ def test_patterns_that_saving_reordered_are_refused(tmp_path):
 
 def test_bias_all_where_every_bias_is_a_linear_layers(tmp_path, adapted_logits):
     adapter = check("qwen2", lora(target_modules=["v_proj"], bias="all"), tmp_path, adapted_logits)
-    untouched = [site for site, part in adapter.linear.items() if part.a is None]
+    untouched = [site for site, part in adapter.parts.linear.items() if part.a is None]
     assert len(untouched) == 4  # q_proj and k_proj of two layers: a new bias, no LoRA
 
 

@@ -99,13 +99,13 @@ def test_lowered_counts_match_the_files(fixtures, llama):
     assert adapter.parameters == sum(t.numel() for t in stored.values())
     assert adapter.applied_sites == 21
     assert adapter.ranks == (2, 8)
-    for part in adapter.linear.values():
+    for part in adapter.parts.linear.values():
         assert part.a is not None
         assert (part.a.dtype, part.a.device.type) == (torch.float32, "cpu")
 
 
 def test_prefix_starts_its_rows_after_itself(fixtures, llama):
-    prefix = load_adapter(fixtures / "peft/llama/prefix", llama).prefix
+    prefix = load_adapter(fixtures / "peft/llama/prefix", llama).parts.prefix
     assert prefix is not None
     assert prefix.first_position == prefix.length == 5
     assert {tuple(k.shape) for k in prefix.keys + prefix.values} == {(5, 2, 8)}

@@ -338,7 +338,7 @@ def test_absent_fields_take_pefts_defaults(fixtures, llama, tmp_path):
     adapter = load_adapter(folder, llama)
     assert adapter.kind == "lora"
     assert adapter.applied_sites == 21
-    assert {part.scale for part in adapter.linear.values()} == {1.0}  # 8 / 8
+    assert {part.scale for part in adapter.parts.linear.values()} == {1.0}  # 8 / 8
     assert "target_modules" in adapter.warnings[0]
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.lower import load_adapter
+from peftmux.adapters.parts import EmbeddingPart, LoweredAdapter, ReplacedRows
 from peftmux.adapters.torch_base import TorchBase
 from tests.adapters.peft_models import logits_of, lora, make_model, save
 
@@ -33,6 +34,10 @@ def check(name: str, folder: Any, adapted_logits: Any, ids: torch.Tensor = IDS) 
     return adapter
 
 
+def has(adapter: LoweredAdapter, kind: type) -> bool:
+    return any(type(part) is kind for _, part in adapter.parts.placed())
+
+
 def names(name: str, *wanted: str) -> list[str]:
     """ "emb", "inner" and the like as the model names them."""
     known = {"emb": EMBEDDING.get(name, "embed_tokens"), "inner": INNER.get(name, "v_proj"), "head": "lm_head"}
@@ -50,9 +55,9 @@ def test_targets(name, fields, targets, tmp_path, adapted_logits):
     """The tied head is another site than the embedding, on a copy of the same weight."""
     save(name, lora(target_modules=names(name, *targets), **fields), tmp_path)
     adapter = check(name, tmp_path, adapted_logits)
-    assert (adapter.embedding is not None) is ("emb" in targets)
-    assert ("lm_head" in adapter.linear) is ("head" in targets)
-    assert not adapter.rows
+    assert has(adapter, EmbeddingPart) is ("emb" in targets)
+    assert ("lm_head" in adapter.parts.linear) is ("head" in targets)
+    assert not has(adapter, ReplacedRows)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "opt", "phi"])
@@ -63,9 +68,9 @@ def test_modules_to_save(name, saved, targets, tmp_path, adapted_logits):
     target_modules = targets if isinstance(targets, str) else names(name, *targets)
     save(name, lora(target_modules=target_modules, modules_to_save=names(name, *saved)), tmp_path)
     adapter = check(name, tmp_path, adapted_logits)
-    assert (adapter.embedding is not None) is ("emb" in saved)
-    assert ("lm_head" in adapter.rows) is ("head" in saved)
-    assert ("lm_head" in adapter.linear) is (targets != "all-linear" and "head" not in saved)
+    assert has(adapter, EmbeddingPart) is ("emb" in saved)
+    assert has(adapter, ReplacedRows) is ("head" in saved)
+    assert ("lm_head" in adapter.parts.linear) is (targets != "all-linear" and "head" not in saved)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2", "opt"])
@@ -75,8 +80,8 @@ def test_trainable_tokens(name, tie, tmp_path, adapted_logits):
     target_modules = names(name, "inner")
     save(name, lora(target_modules=target_modules, trainable_token_indices=tokens, ensure_weight_tying=tie), tmp_path)
     adapter = check(name, tmp_path, adapted_logits)
-    assert adapter.embedding is not None
-    assert ("lm_head" in adapter.rows) is (name in TIED)
+    assert has(adapter, EmbeddingPart)
+    assert has(adapter, ReplacedRows) is (name in TIED)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied", "gpt2"])
@@ -98,8 +103,8 @@ def test_trainable_tokens_by_module(name, given, stored, tmp_path, adapted_logit
     adapter = check(name, tmp_path, adapted_logits, ids)
     tensors = [t for t in load_file(tmp_path / "adapter_model.safetensors") if "trainable_tokens" in t]
     assert len(tensors) == (stored if name in TIED else len(given))
-    assert (adapter.embedding is not None) is ("emb" in given)
-    assert ("lm_head" in adapter.rows) is ("head" in given or name in TIED)
+    assert has(adapter, EmbeddingPart) is ("emb" in given)
+    assert has(adapter, ReplacedRows) is ("head" in given or name in TIED)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

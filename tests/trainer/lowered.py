@@ -15,12 +15,12 @@ from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 @torch.no_grad()
 def lowered_logits(model: Any, adapter: LoweredAdapter, ids: Tensor) -> Tensor:
     """Logits [rows, T, vocabulary] of unpadded rows `ids` [rows, T]. `model` is left with the adapter in it."""
-    for name, part in adapter.linear.items():
+    for name, part in adapter.parts.linear.items():
         model.get_submodule(name).register_forward_hook(_apply(part))
-    past = _cache(adapter.prefix, ids.shape[0]) if adapter.prefix else None
-    start = adapter.prefix.first_position if adapter.prefix else 0
+    past = _cache(adapter.parts.prefix, ids.shape[0]) if adapter.parts.prefix else None
+    start = adapter.parts.prefix.first_position if adapter.parts.prefix else 0
     positions = torch.arange(start, start + ids.shape[1])[None].expand_as(ids)
-    mask = torch.ones(ids.shape[0], (adapter.prefix.length if adapter.prefix else 0) + ids.shape[1])
+    mask = torch.ones(ids.shape[0], (adapter.parts.prefix.length if adapter.parts.prefix else 0) + ids.shape[1])
     logits: Tensor = model(
         input_ids=ids, past_key_values=past, position_ids=positions, attention_mask=mask, use_cache=past is not None
     ).logits

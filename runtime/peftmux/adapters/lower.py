@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.files import MAX_TENSOR_BYTES, AdapterFiles, open_adapter
 from peftmux.adapters.methods import METHODS
 from peftmux.adapters.methods.registry import Plan, Shapes
-from peftmux.adapters.parts import LoweredAdapter
+from peftmux.adapters.parts import LinearPart, LoweredAdapter, Part
 
 
 def load_adapter(
@@ -35,17 +36,12 @@ def lower(files: AdapterFiles, base: BaseModel) -> LoweredAdapter:
     """The parts of an adapter on `base`. Every tensor is used exactly once. Raises AdapterInvalid with a Reason."""
     plan = plan_adapter(files.config, {name: tuple(t.shape) for name, t in files.tensors.items()}, base)
     parts = plan.build({name: _finite(f"tensor {name}", tensor) for name, tensor in files.tensors.items()})
-    for site, part in parts.linear.items():
-        _check_derived(site, {"out_scale": part.out_scale, "bias": part.bias})
-    if parts.embedding is not None:
-        _check_derived(base.embedding, {"out_scale": parts.embedding.out_scale})
+    for place, part in parts.placed():
+        _check_derived(place, part)
     return LoweredAdapter(
         kind=plan.kind,
         digest=files.digest,
-        linear=parts.linear,
-        rows=parts.rows,
-        embedding=parts.embedding,
-        prefix=parts.prefix,
+        parts=parts,
         invocation=plan.invocation,
         tensors=len(files.tensors),
         parameters=sum(t.numel() for t in files.tensors.values()),
@@ -78,11 +74,12 @@ def _served() -> str:
     return " or ".join(sorted(METHODS))
 
 
-def _check_derived(site: str, computed: Mapping[str, Tensor | None]) -> None:
+def _check_derived(place: str, part: LinearPart | Part) -> None:
     """What lowering computed can overflow, or be divided by a zero norm, where every stored value is finite."""
-    for name, tensor in computed.items():
-        if tensor is not None:
-            _finite(f"the {name} that follows for {site}", tensor)
+    for piece in dataclasses.fields(part):
+        value = getattr(part, piece.name)
+        if isinstance(value, Tensor):
+            _finite(f"the {piece.name} that follows for {place}", value)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,7 +11,10 @@ from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.kernels.rows import ReplacedRows
 
-__all__ = ["EmbeddingPart", "KVPrefix", "LinearPart", "LoweredAdapter", "ReplacedRows"]
+__all__ = ["EmbeddingPart", "KVPrefix", "LinearPart", "LoweredAdapter", "Part", "Parts", "ReplacedRows"]
+
+Part = ReplacedRows | EmbeddingPart
+"""What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +35,38 @@ class KVPrefix:
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """What one adapter is made of. Tensors are float32 on the CPU; the device chooses its dtype."""
+
+    linear: Mapping[str, LinearPart] = field(default_factory=dict)
+    """By the name of a linear site."""
+    others: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    """By the name of the place they sit at, at most one of each type; at a linear site they stand before its linear
+    part."""
+    prefix: KVPrefix | None = None
+
+    def placed(self) -> Iterator[tuple[str, LinearPart | Part]]:
+        """Every part that sits at a named place, with the name."""
+        yield from self.linear.items()
+        for name, parts in self.others.items():
+            for part in parts:
+                yield name, part
+
+    @property
+    def places(self) -> frozenset[str]:
+        """The names of the places that this adapter changes."""
+        return frozenset((*self.linear, *self.others))
+
+
+@dataclass(frozen=True, slots=True)
 class LoweredAdapter:
-    """One adapter, ready to be placed on a device. Tensors are float32 on the CPU; the device chooses its dtype."""
+    """One adapter, ready to be placed on a device."""
 
     kind: str
     """As METHOD on the command line: "lora", "dora", "prefix", ..."""
     digest: str
     """sha256 (hex) of the content: canonical config and tensors."""
-    linear: Mapping[str, LinearPart] = field(default_factory=dict)
-    """By site name."""
-    rows: Mapping[str, ReplacedRows] = field(default_factory=dict)
-    """By site name; they stand before the site's linear part."""
-    embedding: EmbeddingPart | None = None
-    prefix: KVPrefix | None = None
+    parts: Parts
     invocation: tuple[int, ...] = ()
     """aLoRA: active from the last occurrence of these tokens in the prompt on, the base model without; () is always."""
     tensors: int = 0
@@ -54,14 +76,13 @@ class LoweredAdapter:
 
     @property
     def applied_sites(self) -> int:
-        """Linear sites changed, the input embedding, and one per attention layer with a prefix."""
-        sites = len(self.linear.keys() | self.rows.keys()) + (self.embedding is not None)
-        return sites + (len(self.prefix.keys) if self.prefix else 0)
+        """Places of the base that are changed, and one for each attention layer with a prefix."""
+        prefix = self.parts.prefix
+        return len(self.parts.places) + (len(prefix.keys) if prefix else 0)
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """(smallest, largest) rank over the low-rank sites; (0, 0) where there are none."""
-        ranks = [p.rank for p in self.linear.values() if p.rank]
-        if self.embedding is not None and self.embedding.a is not None:
-            ranks.append(self.embedding.a.shape[0])
-        return (min(ranks), max(ranks)) if ranks else (0, 0)
+        """(smallest, largest) rank over the places with a low-rank term; (0, 0) where there are none."""
+        ranks = [part.rank for _, part in self.parts.placed() if isinstance(part, LinearPart | EmbeddingPart)]
+        low_rank = [rank for rank in ranks if rank]
+        return (min(low_rank), max(low_rank)) if low_rank else (0, 0)

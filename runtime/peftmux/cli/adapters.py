@@ -135,12 +135,12 @@ def _describe(adapter: LoweredAdapter) -> dict[str, Any]:
         "revision": adapter.digest,
         "min_rank": low,
         "max_rank": high,
-        "virtual_tokens": adapter.prefix.length if adapter.prefix else 0,
+        "virtual_tokens": adapter.parts.prefix.length if adapter.parts.prefix else 0,
         "applied_sites": adapter.applied_sites,
         "tensors": adapter.tensors,
         "parameters": adapter.parameters,
         "warnings": list(adapter.warnings),
-        "sites": sorted(adapter.linear),
+        "sites": sorted(adapter.parts.places),
     }
 
 

@@ -28,6 +28,10 @@ class EmbeddingPart:
     ids: Tensor | None = None
     rows: Tensor | None = None
 
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
 
 def apply_embedding_part(y: Tensor, ids: Tensor, part: EmbeddingPart) -> Tensor:
     """The definition above, differentiable. y: [T, D] the base's embeddings of ids: [T] -> [T, D] in y's dtype.

@@ -110,10 +110,10 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
     ledger.close()
 
     def build(tensors: Mapping[str, Any]) -> Parts:
-        part, rows = replaced.build_replaced(new, tensors, base)
+        others = replaced.build_replaced(new, tensors, base)
         if embedding is not None:
-            part = build_embedding(embedding, tensors, base)
-        return Parts({s.site: build_linear(s, tensors, base) for s in sites}, rows, part)
+            others[base.embedding] = (build_embedding(embedding, tensors, base),)
+        return Parts({s.site: build_linear(s, tensors, base) for s in sites}, others)
 
     inferred = fields["target_modules"] is None
     warnings = ("target_modules is unset: the sites are those that have tensors",) if inferred else ()

@@ -6,24 +6,18 @@ Two phases, so that an adapter for another base is refused before gigabytes of i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel
-from peftmux.adapters.parts import EmbeddingPart, KVPrefix, LinearPart, ReplacedRows
+from peftmux.adapters.parts import Parts
+
+__all__ = ["Method", "Parts", "Plan", "Shapes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape, of everything in the files."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    linear: Mapping[str, LinearPart] = field(default_factory=dict)
-    rows: Mapping[str, ReplacedRows] = field(default_factory=dict)
-    embedding: EmbeddingPart | None = None
-    prefix: KVPrefix | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from peftmux.adapters.base import BaseModel
 from peftmux.adapters.config import Honoured, is_texts, is_token_ids
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.methods.ledger import PREFIX, Ledger
-from peftmux.adapters.parts import EmbeddingPart, ReplacedRows
+from peftmux.adapters.parts import EmbeddingPart, Part, ReplacedRows
 
 _SAVED, _TOKENS = "modules_to_save", "trainable_token_indices"
 
@@ -58,16 +58,16 @@ def plan_replaced(fields: Mapping[str, Any], base: BaseModel, ledger: Ledger) ->
 
 def build_replaced(
     plan: Mapping[str, Replacement], tensors: Mapping[str, Tensor], base: BaseModel
-) -> tuple[EmbeddingPart | None, dict[str, ReplacedRows]]:
-    """The input embedding's part, and the output projection's rows by its path."""
-    embedding, rows = None, {}
+) -> dict[str, tuple[Part, ...]]:
+    """The parts of the input embedding and the output projection, by their paths."""
+    parts: dict[str, tuple[Part, ...]] = {}
     for module, new in plan.items():
         ids = None if new.ids is None else torch.tensor(new.ids)
         if module == base.embedding:
-            embedding = EmbeddingPart(ids=ids, rows=tensors[new.rows])
+            parts[module] = (EmbeddingPart(ids=ids, rows=tensors[new.rows]),)
         else:
-            rows[module] = ReplacedRows(tensors[new.rows], ids, tensors[new.bias] if new.bias else None)
-    return embedding, rows
+            parts[module] = (ReplacedRows(tensors[new.rows], ids, tensors[new.bias] if new.bias else None),)
+    return parts
 
 
 def _modules(field: str, name: str, base: BaseModel) -> list[str]:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.parts import LoweredAdapter
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import PagedCache, block_bytes
 from peftmux.runtime.model.loaded import LoadedModel
-from peftmux.runtime.model.sites import SiteGroup
+from peftmux.runtime.model.sites import Site, SiteGroup
 from peftmux.runtime.scheduler import PrefixBlocks, Scheduler
-
-
-class Site(Protocol):
-    """What every kind of site offers (kernels' LowRankSite, RowsSite, EmbeddingSite)."""
-
-    def put(self, slot: int, prepared: Any) -> None: ...
-
-    def drop(self, slot: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +54,7 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
 
     AdapterInvalid for values that overflow the base's dtype, and for a prefix that leaves no room for a prompt.
     """
-    prefix = lowered.prefix
+    prefix = lowered.parts.prefix
     if prefix is not None and prefix.length >= model.context_length - 1:
         raise AdapterInvalid(
             Reason.TOO_LARGE,
@@ -81,21 +73,20 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
 
 def _prepare_sites(model: LoadedModel, lowered: LoweredAdapter) -> tuple[tuple[Site, Any], ...]:
     sites: list[tuple[Site, Any]] = []
+    linear = lowered.parts.linear
     for group, names in _by_group(model, lowered).items():
-        sites.append((group.lowrank, group.lowrank.prepare([None if n is None else lowered.linear[n] for n in names])))
-    for name, rows in lowered.rows.items():
-        site = model.sites[name].group.rows
-        sites.append((site, site.prepare(rows)))
-    if lowered.embedding is not None:
-        assert model.embedding_site is not None, "lowering refuses embedding parts where there is no such site"
-        sites.append((model.embedding_site, model.embedding_site.prepare(lowered.embedding)))
+        sites.append((group.lowrank, group.lowrank.prepare([None if n is None else linear[n] for n in names])))
+    for name, parts in lowered.parts.others.items():
+        for part in parts:
+            site = model.places[type(part), name]
+            sites.append((site, site.prepare(part)))
     return tuple(sites)
 
 
 def _by_group(model: LoadedModel, lowered: LoweredAdapter) -> dict[SiteGroup, list[str | None]]:
     """The adapter's linear sites by the product they share, in the order of its slices."""
     groups: dict[SiteGroup, list[str | None]] = {}
-    for name in lowered.linear:
+    for name in lowered.parts.linear:
         ref = model.sites[name]
         groups.setdefault(ref.group, [None] * len(ref.group.sites))[ref.index] = name
     return groups
@@ -103,8 +94,7 @@ def _by_group(model: LoadedModel, lowered: LoweredAdapter) -> dict[SiteGroup, li
 
 def _salt(model: LoadedModel, lowered: LoweredAdapter) -> bytes:
     """An adapter of the output projection alone shares the base model's keys and values."""
-    inside = (lowered.linear.keys() | lowered.rows.keys()) - {model.head}
-    touches = bool(inside) or lowered.prefix is not None or lowered.embedding is not None
+    touches = bool(lowered.parts.places - {model.head}) or lowered.parts.prefix is not None
     return bytes.fromhex(lowered.digest) if touches else b""
 
 
@@ -127,7 +117,7 @@ class DevicePlacement:
                 f"adapter {name!r} needs {adapter.size} bytes: expected at most {self._budget - self.bytes} of the "
                 f"adapter memory's {self._budget}, the rest is held by other adapters"
             )
-        blocks, prefix = None, adapter.lowered.prefix
+        blocks, prefix = None, adapter.lowered.parts.prefix
         if prefix is not None:
             blocks = self._scheduler.allocate_prefix(prefix.length, name)
             self._cache.write_prefix(blocks.blocks, prefix)

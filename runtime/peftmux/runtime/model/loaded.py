@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftmux.adapters.base import KVShape, LinearSite
 from peftmux.runtime.model.discover import AttentionLayer
-from peftmux.runtime.model.sites import SiteRef
+from peftmux.runtime.model.sites import Site, SiteRef
 from peftmux.runtime.model.step import StepInputs, StepState
 from peftmux.runtime.model.swaps import Swapper
 
@@ -68,7 +68,8 @@ class LoadedModel:
         self.layers = tuple(layers)
         self.anatomy = anatomy
         self.sites: Mapping[str, SiteRef] = swapped.sites
-        self.embedding_site = swapped.embedding
+        self.places: Mapping[tuple[type, str], Site] = swapped.places
+        """By type of part and name of place."""
         self.step = step
         self.context_length = context_length
         self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,21 @@ from peftmux.kernels.lowrank import LowRankSite
 from peftmux.kernels.rows import RowsSite
 from peftmux.runtime.model.dense import stack
 from peftmux.runtime.model.step import StepState
+
+
+class Site(Protocol):
+    """What every kind of site offers (kernels' LowRankSite, RowsSite, EmbeddingSite).
+
+    `prepare` may run in any thread; `put` and `drop` belong to the thread that runs the model, between steps.
+    """
+
+    def prepare(self, part: Any) -> Any:
+        """Cast and lay out a part for the device; the result has `nbytes`. ValueError where it does not fit."""
+        ...
+
+    def put(self, slot: int, prepared: Any) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
 
 
 class SiteGroup:

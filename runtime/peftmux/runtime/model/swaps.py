@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from peftmux.adapters.base import LinearSite
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
-from peftmux.kernels.embedding import EmbeddingSite
+from peftmux.kernels.embedding import EmbeddingPart
+from peftmux.kernels.rows import ReplacedRows
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.rotary import swap_rotary
-from peftmux.runtime.model.sites import SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
+from peftmux.runtime.model.sites import Site, SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
 from peftmux.runtime.model.step import StepState
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -41,8 +42,8 @@ class Swapper:
         self._fast = choose_elementwise(model.device, model.dtype)
         self._head = model.get_output_embeddings()
         self.sites: dict[str, SiteRef] = {}
-        self.embedding: EmbeddingSite | None = None
-        """None where the model's input embedding is more than a table."""
+        self.places: dict[tuple[type, str], Site] = {}
+        """By type of part and name of place: where every part goes that is not at a linear site's low rank."""
 
     def run(self) -> None:
         swap_rotary(self._model, self._fast)
@@ -58,10 +59,11 @@ class Swapper:
 
     def _swap_embedding(self) -> None:
         table = self._model.get_input_embeddings()
+        path = next(name for name, module in self._model.named_modules() if module is table)
         if type(table) is nn.Embedding:
             swapped = SiteEmbedding(table, self._step)
             self._model.set_input_embeddings(swapped)
-            self.embedding = swapped.site
+            self.places[EmbeddingPart, path] = swapped.site
 
     def _swap_siblings(self, path: str, parent: nn.Module) -> None:
         for names in _SIBLINGS:
@@ -91,6 +93,8 @@ class Swapper:
         for index, name in enumerate(names):
             if name in self._token_linears:
                 self.sites[name] = SiteRef(group, index)
+                if len(names) == 1:
+                    self.places[ReplacedRows, name] = group.rows
         return group
 
 
