@@ -9,12 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.engine.harness import FIXTURES
+from tests.folders import GENERATES, HALF
 
-REFUSED = {
-    "llama": {"ia3", "lora.seq_cls", "lora_bdlora", "prefix.seq_cls", "prompt_random"},
-    "qwen2": set[str](),
-}
-"""Folders of kinds that are not served, or not by this kind of base."""
 INVOCATION = [9, 10]
 """Of lora_alora, which leaves a prompt without it to the base."""
 
@@ -42,9 +38,8 @@ class Case:
 
 
 def folders(base: str, *, half: bool = False) -> list[str]:
-    """Of every LoRA, DoRA and prefix adapter that must be served; `half`: those made on a bfloat16 base."""
-    found = {path.name for path in (FIXTURES / "peft" / base).iterdir()} - REFUSED[base]
-    return sorted(name for name in found if name.endswith(".bf16base") is half)
+    """Of every adapter that generates; `half`: those made on a bfloat16 base."""
+    return sorted(name.split("/")[2] for name in (HALF if half else GENERATES) if name.startswith(f"peft/{base}/"))
 
 
 def cases(base: str, *, half: bool = False) -> list[Case]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from peftmux.adapters.errors import AdapterInvalid
-from tests.engine.harness import Answer, ask, ask_all, load, request, running
+from tests.engine.harness import FIXTURES, Answer, ask, ask_all, load, request, running
+from tests.folders import REFUSED
 from tests.parity.conftest import Served
-from tests.parity.fixtures import INVOCATION, REFUSED, cases, folders
+from tests.parity.fixtures import INVOCATION, cases, folders
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -125,8 +126,8 @@ async def test_bfloat16_is_as_exact_as_peft(together: bool, half_reference) -> N
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 async def test_folders_of_other_kinds_are_refused(name: str) -> None:
-    async with running(name) as engine:
-        for folder in REFUSED[name]:
+    async with running(name, adapters_root=str(FIXTURES)) as engine:
+        for folder in [f for f in REFUSED if f.split("/")[1] == name]:
             with pytest.raises(AdapterInvalid):
-                await load(engine, folder)
+                await engine.load_adapter("refused", folder)
         assert engine.list_adapters() == ()
