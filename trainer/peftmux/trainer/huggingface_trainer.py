@@ -29,6 +29,7 @@ class AdapterTrainer(Trainer):
         self.adapter = adapter
         self.run = run
         super().__init__(**kwargs)
+        self.add_callback(AdapterSteps(adapter))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(PlainLog())
@@ -42,7 +43,7 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.adapter.tensors().items()}, folder / CHECKPOINT_TENSORS)
+        save_file({k: v.cpu().contiguous() for k, v in self.adapter.state().items()}, folder / CHECKPOINT_TENSORS)
         (folder / CHECKPOINT_RUN).write_text(json.dumps(self.run))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -59,11 +60,24 @@ class AdapterTrainer(Trainer):
         assert best is not None, "the Trainer calls this only where a best checkpoint exists"
         self._restore(best)
 
-    @torch.no_grad()
     def _restore(self, checkpoint: str) -> None:
-        stored = load_file(Path(checkpoint) / CHECKPOINT_TENSORS)
-        for name, parameter in self.adapter.parameters.items():
-            parameter.copy_(stored[name])
+        self.adapter.restore(load_file(Path(checkpoint) / CHECKPOINT_TENSORS))
+
+
+class AdapterSteps(TrainerCallback):
+    """Tells the adapter where the run is."""
+
+    def __init__(self, adapter: AttachedAdapter) -> None:
+        self._adapter = adapter
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._adapter.before_step(state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._adapter.after_backward(state.global_step, state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._adapter.after_step(state.global_step, state.max_steps)
 
 
 class PlainLog(TrainerCallback):

@@ -40,12 +40,6 @@ def spelled_out(model: Any, sites: Sequence[str]) -> list[str]:
     return last if sorted(same) == sorted(sites) else sorted(sites)
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module at path `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
 def _check_names(targets: Sequence[str], base: TorchBase) -> None:
     for wanted in targets:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in base.linear_sites):

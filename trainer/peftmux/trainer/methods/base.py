@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.trainer.data import Example
+from peftmux.trainer.host import Change, Host
+from peftmux.trainer.inputs import PrefixSource, VirtualTokens
+
+_KEYS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,40 +30,106 @@ class AttachContext:
     tokenize: Callable[[str], list[int]] | None = None
 
 
-class AttachedAdapter(ABC):
+class AttachedAdapter:
     """An adapter in a live model. While it is attached the model computes with it; only its tensors are trainable.
 
-    It owns the trainable parameters: float32, on the model's device, under the names they have in the adapter's file.
+    Trainable tensors are float32, on the model's device. A method builds one from what it changes; it subclasses where
+    it follows the training (`after_backward`, `after_step`) or stores something else than it trains (`tensors`).
     """
 
-    kind: str
-    parameters: Mapping[str, nn.Parameter]
-    notes: tuple[str, ...] = ()
-    """What the user should know of this method on this base."""
+    prefix: PrefixSource | None = None
+    virtual: VirtualTokens | None = None
 
-    @abstractmethod
+    def __init__(
+        self,
+        kind: str,
+        model: Any,
+        changes: Mapping[str, Change],
+        fields: Mapping[str, object],
+        modules: Mapping[str, nn.Module] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """changes: by module path. modules: what else is trained (encoders, prefixes). fields: of adapter_config.json.
+
+        A subclass sets `prefix` or `virtual` before it calls this.
+        """
+        self.kind = kind
+        self.key = f"job{next(_KEYS)}"
+        self.changes = dict(changes)
+        self.modules = nn.ModuleDict(modules or {})
+        self.notes = tuple(notes)
+        """What the user should know of this method on this base."""
+        self._model = model
+        self._fields = dict(fields)
+        self._host = Host.of(model)
+        self._host.add(self)
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Everything trained, by name; at a place of the base as the file names it."""
+        named = {
+            f"{PREFIX}{place}.{key}": t for place, c in self.changes.items() for key, t in c.file_tensors().items()
+        }
+        found = {name: t for name, t in named.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+        known = {id(parameter) for parameter in found.values()}
+        for place, module in [*self.changes.items(), *self.modules.items()]:
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and id(parameter) not in known:
+                    known.add(id(parameter))
+                    found[f"{place}.{name}"] = parameter
+        return found
+
     def peft_config(self) -> dict[str, object]:
         """The fields of adapter_config.json that this method decides."""
+        return dict(self._fields)
 
-    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of adapter_model.safetensors, float32 on the CPU; may share memory with the parameters."""
+        named = {
+            f"{PREFIX}{place}.{key}": t for place, c in self.changes.items() for key, t in c.file_tensors().items()
+        }
+        return {name: t.detach().float().cpu() if t.is_floating_point() else t.cpu() for name, t in named.items()}
+
     def sites(self) -> Mapping[str, int]:
-        """Trainable parameters by the place of the base model they act on."""
+        """Trainable parameters by the place of the base model they act on, or by the module that holds them."""
+        places = [*self.changes.items(), *self.modules.items()]
+        counts = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in places}
+        return {name: count for name, count in counts.items() if count}
 
-    @abstractmethod
-    def detach(self) -> None:
-        """Give the model back as it was (its own parameters stay frozen)."""
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep for a run to go on exactly: every parameter and buffer, by name."""
+        found = {}
+        for place, module in [*self.changes.items(), *self.modules.items()]:
+            for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+                found[f"{place}/{name}"] = tensor.detach()
+        return found
+
+    @torch.no_grad()
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        """Bring back what `state` gave. KeyError for a tensor that is not stored."""
+        for name, tensor in self.state().items():
+            tensor.copy_(stored[name])
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups as torch optimisers take them."""
+        return [{"params": list(self.parameters.values()), "weight_decay": weight_decay}]
+
+    def before_step(self, step: int, total: int) -> None:
+        """An optimiser step begins. `step` counts from 0, `total` is how many the run has."""
+
+    def after_backward(self, step: int, total: int) -> None:
+        """The step's gradients are there (clipped); the optimiser has not moved yet."""
+
+    def after_step(self, step: int, total: int) -> None:
+        """The optimiser has moved."""
 
     def checkpoint_activations(self) -> bool:
         """Save activation memory by recomputing layers. False: transformers' own way works with this adapter."""
         return False
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of adapter_model.safetensors, float32 on the CPU; may share memory with the parameters."""
-        return {name: p.detach().float().cpu() for name, p in self.parameters.items()}
-
-    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups as torch optimisers take them."""
-        return [{"params": list(self.parameters.values()), "weight_decay": weight_decay}]
+    def detach(self) -> None:
+        """Give the model back as it was (its own parameters stay frozen)."""
+        self._host.remove(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class DoraLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
         super().__init__(base_layer, rank, scale, drop, generator)
+        self._base = (base_layer,)  # no submodule: it is the base's
         norm = torch.linalg.vector_norm(weight_out_in(base_layer).float(), dim=1)
         if not norm.all():
             raise OptionError(
@@ -32,12 +33,12 @@ class DoraLinear(LoraLinear):
 
     def part(self) -> LinearPart:
         out_scale = self._out_scale()
-        bias = self.bias
+        bias: Tensor | None = self._base[0].bias  # type: ignore[assignment]
         delta = None if bias is None else bias - out_scale * bias  # the base's bias is not scaled
         return LinearPart(self.lora_A, self.lora_B, self.scale, out_scale, delta)
 
     def _out_scale(self) -> Tensor:
-        weight = weight_out_in(self.base_layer)
+        weight = weight_out_in(self._base[0])
         return dora_out_scale(weight, self.lora_A.detach(), self.lora_B.detach(), self.scale, self.magnitude)
 
     def file_tensors(self) -> Mapping[str, nn.Parameter]:

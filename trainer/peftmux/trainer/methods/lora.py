@@ -14,8 +14,8 @@ from peftmux.adapters.methods.lora import lora_scaling
 from peftmux.adapters.patterns import PatternMatcher
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.methods.base import AttachContext, Method
-from peftmux.trainer.methods.linear import AdaptedLinear, LinearAdapter, uniform, weight_out_in
+from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from peftmux.trainer.methods.linear import LinearChange, expert_notes, uniform, weight_out_in
 from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -48,11 +48,11 @@ class LoraConfig:
             raise OptionError("lora-dropout", f"expected 0 or more and below 1, got {self.lora_dropout}")
 
 
-class LoraLinear(AdaptedLinear):
+class LoraLinear(LinearChange):
     """A: [r, in] from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, B: [out, r] zero."""
 
     def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
-        super().__init__(base_layer, drop)
+        super().__init__(drop)
         weight = weight_out_in(base_layer)
         out_features, in_features = weight.shape
         self.lora_A = uniform((rank, in_features), 1 / math.sqrt(in_features), generator, weight.device)
@@ -73,13 +73,13 @@ def attach_lora(
     context: AttachContext,
     linear: type[LoraLinear] = LoraLinear,
     use_dora: bool = False,
-) -> LinearAdapter:
+) -> AttachedAdapter:
     """`linear` decides what stands at each site. Raises OptionError where the options match no layer of the model."""
     sites = select_sites(model, {name: getattr(config, name) for name in _TARGETING})
     generator = torch.Generator().manual_seed(context.seed)
     matcher = PatternMatcher()
 
-    def build(name: str, module: nn.Module) -> AdaptedLinear:
+    def build(name: str, module: nn.Module) -> LinearChange:
         rank = config.rank_pattern.get(matcher.first_key("rank_pattern", config.rank_pattern, name) or "", config.r)
         alpha_key = matcher.first_key("alpha_pattern", config.alpha_pattern, name)
         alpha = config.alpha_pattern.get(alpha_key or "", config.lora_alpha)
@@ -98,7 +98,8 @@ def attach_lora(
         "use_dora": use_dora,
         "fan_in_fan_out": not any(isinstance(m, nn.Linear) for m in sites.values()),
     }
-    return LinearAdapter(kind, model, sites, build, fields)
+    changes = {name: build(name, module) for name, module in sites.items()}
+    return AttachedAdapter(kind, model, changes, fields, notes=expert_notes(model))
 
 
 def default_learning_rate(hidden_size: int) -> float:

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache
 
 from peftmux.adapters.base import KVShape
 from peftmux.adapters.errors import AdapterInvalid
@@ -43,59 +42,26 @@ class PrefixConfig:
             raise OptionError("num-virtual-tokens", f"expected 1 or more, got {self.num_virtual_tokens}")
 
 
-class PrefixLayer(DynamicLayer):
-    """One layer's prefix as a cache that is only read, so that recomputing a layer gives the same again."""
+class Prefix(nn.Module):
+    """Trained keys and values. `embeddings` is PEFT's tensor, as `peftmux.adapters.methods.prefix` describes it."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """keys, values: [1, kv_heads, n, head_dim]."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.keys: Tensor = keys
-        self.values: Tensor = values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """[B, kv_heads, T, head_dim] -> [B, kv_heads, n + T, head_dim], nothing kept."""
-        rows = key_states.shape[0]
-        keys, values = self.keys.expand(rows, -1, -1, -1), self.values.expand(rows, -1, -1, -1)
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-
-class PrefixAdapter(AttachedAdapter):
-    """`embeddings` is PEFT's tensor, as `peftmux.adapters.methods.prefix` describes it."""
-
-    kind = "prefix"
-
-    def __init__(self, model: Any, shapes: Sequence[KVShape], embeddings: Tensor) -> None:
-        self._model = model
+    def __init__(self, embeddings: Tensor, shapes: Sequence[KVShape], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(embeddings.detach().float().clone())
         self._shapes = tuple(shapes)
         self._widest = provisioned_shape(shapes)
-        self._dtype = model.dtype
-        self._checkpointed: list[nn.Module] = []
-        self.length = embeddings.shape[0]
-        self.embeddings = nn.Parameter(embeddings.detach().float().clone())
-        self.parameters = {TENSOR: self.embeddings}
-        model.requires_grad_(False)
-        # A module, because it then comes last: the model takes the dtype of its first parameter for its own.
-        model.add_module("prefix_tuning", nn.ParameterDict({"embeddings": self.embeddings}))
-        self._hook = model.register_forward_pre_hook(self._insert, with_kwargs=True)
+        self._dtype = dtype
 
-    def cache(self) -> Cache:
-        """The prefix as a cache for any number of rows, in the base's dtype."""
+    @property
+    def length(self) -> int:
+        return self.embeddings.shape[0]
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
         prefix = split_prefix(self.embeddings.to(self._dtype), self._shapes, self._widest)
-        pairs = zip(prefix.keys, prefix.values, strict=True)
-        return Cache(layers=[PrefixLayer(k.transpose(0, 1)[None], v.transpose(0, 1)[None]) for k, v in pairs])
+        return list(zip(prefix.keys, prefix.values, strict=True))
 
-    def _insert(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before each forward: the prefix as the past, so that the model gives the first token position n."""
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("a model with a prefix attached takes whole sequences, without past_key_values")
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
-        return args, {**kwargs, "past_key_values": self.cache(), "use_cache": False}
-
-    def peft_config(self) -> dict[str, object]:
+    def fields(self) -> dict[str, object]:
+        """Of adapter_config.json."""
         heads, head_dim = self._widest.kv_heads, self._widest.key_dim
         return {
             "peft_type": "PREFIX_TUNING",
@@ -108,9 +74,27 @@ class PrefixAdapter(AttachedAdapter):
             "prefix_projection": False,
         }
 
+
+class PrefixAdapter(AttachedAdapter):
+    """Nothing at the base's places: all of it comes before the first token."""
+
+    prefix: Prefix
+
+    def __init__(self, model: Any, prefix: Prefix, layers: int) -> None:
+        self.prefix = prefix
+        self._layers = layers
+        self._checkpointed: list[nn.Module] = []
+        super().__init__("prefix", model, {}, prefix.fields(), {"prefix": prefix})
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return {TENSOR: self.prefix.embeddings}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {TENSOR: self.prefix.embeddings.detach().cpu()}
+
     def sites(self) -> Mapping[str, int]:
-        layers = len(self._shapes)
-        return {f"attention layer {i}": self.embeddings.numel() // layers for i in range(layers)}
+        return {f"attention layer {i}": self.prefix.embeddings.numel() // self._layers for i in range(self._layers)}
 
     def checkpoint_activations(self) -> bool:
         """transformers' own way takes the cache, and with it the prefix, away from every layer; this one does not."""
@@ -120,8 +104,7 @@ class PrefixAdapter(AttachedAdapter):
         return True
 
     def detach(self) -> None:
-        self._hook.remove()
-        del self._model.prefix_tuning
+        super().detach()
         for layer in self._checkpointed:
             del layer.forward
 
@@ -151,7 +134,7 @@ def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> Attache
     if config.prefix_init == "random":
         generator = torch.Generator().manual_seed(context.seed)
         embeddings = torch.randn(embeddings.shape, generator=generator).to(embeddings.device) * embeddings.std()
-    adapter = PrefixAdapter(model, shapes, embeddings)
+    adapter = PrefixAdapter(model, Prefix(embeddings, shapes, model.dtype), len(shapes))
     try:
         _check_every_layer_reads_it(model, adapter, len(shapes))
     except BaseException:
@@ -206,8 +189,8 @@ def _check_every_layer_reads_it(model: Any, adapter: PrefixAdapter, layers: int)
     """Raises OptionError where a layer ignores its past, as recurrent ones do: the prefix would not act there."""
     with torch.enable_grad():
         logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device)).logits
-        (grad,) = torch.autograd.grad(logits.float().square().sum(), adapter.embeddings)
-    per_layer = grad.view(adapter.length, layers, -1).abs().amax(dim=(0, 2))
+        (grad,) = torch.autograd.grad(logits.float().square().sum(), adapter.prefix.embeddings)
+    per_layer = grad.view(adapter.prefix.length, layers, -1).abs().amax(dim=(0, 2))
     ignoring = [i for i, size in enumerate(per_layer.tolist()) if size == 0.0]
     if ignoring:
         raise OptionError("method", f"prefix does not fit this base: layers {ignoring} do not attend to past keys")

@@ -1,0 +1,81 @@
+"""Several adapters in one live model: each changes its own rows of a batch, and no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftmux.trainer.host import Host
+from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
+from tests.trainer.tiny_models import build_model, random_ids, scramble
+
+JOBS: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("lora", {"r": 4}, 2),
+    ("dora", {"r": 2, "target_modules": ["q_proj", "down_proj"]}, 1),
+    ("prefix", {"num_virtual_tokens": 5}, 2),
+    ("rslora", {"r": 8}, 1),
+    ("prefix", {"num_virtual_tokens": 3}, 1),
+)
+
+
+def attach(model: Any, method: str, config: dict[str, Any], seed: int) -> AttachedAdapter:
+    chosen = METHODS[method]
+    with Host.of(model).aside():
+        adapter = chosen.attach(model, chosen.config_class(**config), AttachContext(seed))
+    scramble(adapter, seed)
+    return adapter
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids).logits[:, -ids.shape[1] :]
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
+        len(ids), -1
+    )
+
+
+@pytest.mark.parametrize("shape", ["llama-biased", "qwen2"])
+def test_rows_of_several_adapters_are_those_of_each_alone(shape: str):
+    ids = random_ids(sum(rows for *_, rows in JOBS))
+    model = build_model(shape)
+    adapters = [attach(model, method, config, seed) for seed, (method, config, _) in enumerate(JOBS)]
+    with Host.of(model).rows({a.key: rows for a, (*_, rows) in zip(adapters, JOBS, strict=True)}):
+        together = loss_of(model, ids)
+        together.sum().backward()
+    start = 0
+    for seed, (method, config, rows) in enumerate(JOBS):
+        own = build_model(shape)
+        alone = attach(own, method, config, seed)
+        expected = loss_of(own, ids[start : start + rows])
+        expected.sum().backward()
+        torch.testing.assert_close(together[start : start + rows], expected, rtol=1e-5, atol=1e-5)
+        for name, parameter in alone.parameters.items():
+            torch.testing.assert_close(
+                adapters[seed].parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=f"{method} {name}"
+            )
+        start += rows
+
+
+def test_a_base_row_beside_an_adapter_is_the_bases():
+    model, ids = build_model("llama"), random_ids(2)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        adapter = attach(model, "lora", {}, 0)
+        with Host.of(model).rows({adapter.key: 1, "": 1}):
+            mixed = model(input_ids=ids).logits
+    assert (mixed[0] - plain[0]).abs().max() > 1e-2
+    torch.testing.assert_close(mixed[1], plain[1], rtol=0, atol=1e-6)
+
+
+def test_the_model_is_bare_again_when_all_have_left():
+    model = build_model("llama")
+    names, ids = list(dict(model.named_modules())), random_ids(1)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        adapters = [attach(model, method, config, seed) for seed, (method, config, _) in enumerate(JOBS)]
+        for adapter in adapters:
+            adapter.detach()
+        assert torch.equal(model(input_ids=ids).logits, plain)
+    assert list(dict(model.named_modules())) == names

@@ -1,0 +1,186 @@
+"""Adapters in one live model: what stands at each place of the base, and which rows of a batch are whose.
+
+A model has one host. With one adapter every row is its own; with several (`Host.rows`) each adapter changes its own
+rows of a batch and no other, at every place, so that one pass of the base serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from peftmux.trainer.inputs import Inputs, PrefixSource, VirtualTokens
+
+if TYPE_CHECKING:
+    from peftmux.trainer.methods.base import AttachedAdapter
+
+_ATTRIBUTE = "_peftmux_host"
+_MODULE = "peftmux_adapters"
+
+
+class Change(nn.Module):
+    """What one adapter does at one place of the base, computed from its trainable tensors at each call.
+
+    The first dimension of x and y is the batch's rows. A subclass overrides `before`, `after` or both; its file tensors
+    are named by what follows the module's path in the adapter's file.
+    """
+
+    def before(self, x: Any) -> Any:
+        """What the base's module is given in the place of x."""
+        return x
+
+    def after(self, y: Any, x: Any) -> Any:
+        """What stands for the base's output y. x is what the place was given, not what `before` made of it."""
+        return y
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        return {}
+
+
+_NOTHING = Change()
+
+
+class Place(nn.Module):
+    """Stands where a module of the base stood, with the changes of the adapters that act there."""
+
+    def __init__(self, base_layer: nn.Module, host: Host) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.changes = nn.ModuleDict()
+        """By `AttachedAdapter.key`."""
+        self.__dict__["host"] = host  # no submodule: the host holds the model
+        self.training = base_layer.training
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        spans = self.__dict__["host"].spans
+        if spans is None:
+            (change,) = self.changes.values()
+            return change.after(self.base_layer(change.before(x), *args, **kwargs), x)  # type: ignore[operator]
+        here = [(span, self.changes[key] if key in self.changes else _NOTHING) for key, span in spans]  # noqa: SIM401
+        given = _cat([change.before(x[span]) for span, change in here])  # type: ignore[operator]
+        y = self.base_layer(given, *args, **kwargs)
+        return _cat([change.after(_rows(y, span), x[span]) for span, change in here])  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # some models look at a layer's weight, its dtype or its sizes
+            return getattr(self._modules["base_layer"], name)
+
+
+class Host:
+    """Installs adapters in a model and takes them out again. The model's own parameters are frozen meanwhile."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.spans: tuple[tuple[str, slice], ...] | None = None
+        """The batch's rows by adapter, covering all of them in order; None: all are the one adapter's."""
+        self._adapters: dict[str, AttachedAdapter] = {}
+        self._hook: RemovableHandle | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Host:
+        """The model's host, made when its first adapter comes."""
+        host = model.__dict__.get(_ATTRIBUTE)
+        if host is None:
+            host = model.__dict__[_ATTRIBUTE] = cls(model)
+        return host  # type: ignore[no-any-return]
+
+    def add(self, adapter: AttachedAdapter) -> None:
+        if not self._adapters:
+            self.model.requires_grad_(False)
+        self._adapters[adapter.key] = adapter
+        for name, change in adapter.changes.items():
+            place = self.model.get_submodule(name)
+            if not isinstance(place, Place):
+                place = Place(place, self)
+                replace_module(self.model, name, place)
+            change.train(self.model.training)
+            place.changes[adapter.key] = change
+        if len(adapter.modules):
+            if _MODULE not in self.model._modules:
+                self.model.add_module(_MODULE, nn.ModuleDict())
+            # after the base's modules: the model takes the dtype of its first parameter for its own
+            getattr(self.model, _MODULE)[adapter.key] = adapter.modules.train(self.model.training)
+        if self._hook is None and (adapter.prefix or adapter.virtual):
+            self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def remove(self, adapter: AttachedAdapter) -> None:
+        del self._adapters[adapter.key]
+        for name in adapter.changes:
+            place = self.model.get_submodule(name)
+            del place.changes[adapter.key]
+            if not len(place.changes):
+                replace_module(self.model, name, place.base_layer)
+        if len(adapter.modules):
+            held = getattr(self.model, _MODULE)
+            del held[adapter.key]
+            if not len(held):
+                delattr(self.model, _MODULE)
+        if self._hook is not None and not any(a.prefix or a.virtual for a in self._adapters.values()):
+            self._hook.remove()
+            self._hook = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it the model is bare, for another adapter to be attached as if it were the first."""
+        held = list(self._adapters.values())
+        for adapter in held:
+            self.remove(adapter)
+        try:
+            yield
+        finally:
+            for adapter in held:
+                self.add(adapter)
+
+    @contextmanager
+    def rows(self, counts: Mapping[str, int]) -> Iterator[None]:
+        """Within it a batch holds so many rows of each adapter (by key), in this order."""
+        spans, start = [], 0
+        for key, count in counts.items():
+            spans.append((key, slice(start, start + count)))
+            start += count
+        before, self.spans = self.spans, tuple(spans)
+        try:
+            yield
+        finally:
+            self.spans = before
+
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Virtual tokens and prefixes come in front of what the model is given."""
+        ids = args[0] if args else kwargs["input_ids"]
+        spans = self.spans or ((next(iter(self._adapters)), slice(0, ids.shape[0])),)
+        parts = [(span, self._adapters[key]) for key, span in spans if key in self._adapters]
+        virtual: list[tuple[slice, VirtualTokens | None]] = [(span, a.virtual) for span, a in parts]
+        prefixes: list[tuple[slice, PrefixSource | None]] = [(span, a.prefix) for span, a in parts]
+        inputs = Inputs(self.model, {**kwargs, "input_ids": ids})
+        inputs.insert_virtual(virtual)
+        inputs.prepend_prefixes(prefixes)
+        return args[1:], inputs.kwargs
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module at path `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _rows(y: Any, span: slice) -> Any:
+    """These rows of a module's output, which may be a tuple of tensors and Nones."""
+    if isinstance(y, tuple):
+        return tuple(item[span] if isinstance(item, Tensor) else item for item in y)
+    return y[span]
+
+
+def _cat(pieces: list[Any]) -> Any:
+    if isinstance(pieces[0], tuple):
+        columns = zip(*pieces, strict=True)
+        return tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
