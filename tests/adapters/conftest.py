@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from peftmux.adapters.parts import EmbeddingPart, LinearPart, LoweredAdapter, ReplacedRows
+from peftmux.adapters.parts import EmbeddingPart, ExpertsPart, LinearPart, LoweredAdapter, ReplacedRows, RouterPart
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.embedding import apply_embedding_part
 from peftmux.kernels.lowrank import apply_linear_part
@@ -77,12 +77,23 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
         return changed
 
     parts = [(s, p) for s, ps in adapter.parts.others.items() for p in ps] + [*adapter.parts.linear.items()]
-    handles = [module.get_submodule(s).register_forward_hook(hook(_CHANGES[type(p)], p)) for s, p in parts]
+    weights = [(module.get_parameter(s), p) for s, p in parts if isinstance(p, ExpertsPart | RouterPart)]
+    before = [weight.detach().clone() for weight, _ in weights]
+    for weight, part in weights:
+        delta = part.scale * part.b @ part.a  # [E, out, in], or a router's [E, in]
+        weight.data += delta if delta.shape == weight.shape else delta.transpose(1, 2)
+    handles = [
+        module.get_submodule(s).register_forward_hook(hook(_CHANGES[type(p)], p))
+        for s, p in parts
+        if type(p) in _CHANGES
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for (weight, _), old in zip(weights, before, strict=True):
+            weight.data = old
 
 
 def _active(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:

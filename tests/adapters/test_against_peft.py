@@ -53,12 +53,11 @@ def test_attention_of_mixtures(name, use_dora, tmp_path, adapted_logits):
 
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
-def test_experts_are_refused(name, tmp_path):
-    """PEFT's "all-linear" reaches the experts' three-dimensional weights, which have no site yet."""
-    peft.get_peft_model(make_model(name), lora(target_modules="all-linear")).save_pretrained(tmp_path)
-    with pytest.raises(AdapterInvalid, match="field target_parameters") as refusal:
-        load_adapter(tmp_path, TorchBase(make_model(name)))
-    assert refusal.value.reason == "UNSUPPORTED_FIELD"
+def test_experts(name, tmp_path, adapted_logits):
+    """PEFT's "all-linear" reaches the experts' three-dimensional weights and the router."""
+    adapter = check(name, lora(target_modules="all-linear"), tmp_path, adapted_logits)
+    assert adapter.applied_sites == 2 * (4 + 3)
+    assert adapter.ranks == (4, 8), "gate and up have both their ranks in one"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -214,7 +214,7 @@ LORA: dict[str, tuple[Reason, str, Damage]] = {
     "unknown field": (Reason.UNSUPPORTED_FIELD, "field use_magic", edit_config(use_magic=True)),
     "unknown field of 0": (Reason.UNSUPPORTED_FIELD, "field magic", edit_config(magic=0)),
     "experts": (
-        Reason.UNSUPPORTED_FIELD,
+        Reason.NO_SITES,
         "field target_parameters",
         edit_config(target_parameters=["experts.down_proj"]),
     ),

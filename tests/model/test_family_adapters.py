@@ -80,21 +80,6 @@ async def test_adapter_and_base_rows_are_exact(case: str, tmp_path: Path) -> Non
         await check_quiet(engine)
 
 
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [
-        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
-        ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
-    ],
-)
-async def test_experts_are_refused(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    save_adapter(family, lora(**fields), tmp_path / "a")
-    async with engine_for(family, tmp_path) as engine:
-        with pytest.raises(AdapterInvalid, match=r"target_parameters|experts"):
-            await load(engine, "a")
-        assert engine.list_adapters() == ()
-
-
 async def test_an_adapter_of_another_family_is_refused(tmp_path: Path) -> None:
     save_adapter("opt", lora(target_modules=["fc1"]), tmp_path / "a")
     async with engine_for("llama", tmp_path) as engine:

@@ -23,6 +23,18 @@ class LinearSite:
 
 
 @dataclass(frozen=True, slots=True)
+class ParameterSite:
+    """A weight that is no linear layer's: all experts of a mixture stacked, or the router that chooses among them."""
+
+    name: str
+    """Path of the parameter."""
+    experts: int
+    """0: one matrix, the router's."""
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
 class KVShape:
     """One attention layer's cache: keys [kv_heads, key_dim] and values [kv_heads, value_dim] per token."""
 
@@ -44,6 +56,13 @@ class BaseModel(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def linear_sites(self) -> Mapping[str, LinearSite]: ...
+    @property
+    def parameter_sites(self) -> Mapping[str, ParameterSite]: ...
+    @property
+    def parameter_names(self) -> Sequence[str]:
+        """Every parameter's path, module by module."""
+        ...
+
     @property
     def module_names(self) -> frozenset[str]:
         """Every module path of the base, to tell "not in this base" from "not a site we serve"."""

@@ -8,12 +8,23 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from peftmux.kernels.embedding import EmbeddingPart
+from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.kernels.rows import ReplacedRows
 
-__all__ = ["EmbeddingPart", "KVPrefix", "LinearPart", "LoweredAdapter", "Part", "Parts", "ReplacedRows"]
+__all__ = [
+    "EmbeddingPart",
+    "ExpertsPart",
+    "KVPrefix",
+    "LinearPart",
+    "LoweredAdapter",
+    "Part",
+    "Parts",
+    "ReplacedRows",
+    "RouterPart",
+]
 
-Part = ReplacedRows | EmbeddingPart
+Part = ReplacedRows | EmbeddingPart | ExpertsPart | RouterPart
 """What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 
 
@@ -83,6 +94,7 @@ class LoweredAdapter:
     @property
     def ranks(self) -> tuple[int, int]:
         """(smallest, largest) rank over the places with a low-rank term; (0, 0) where there are none."""
-        ranks = [part.rank for _, part in self.parts.placed() if isinstance(part, LinearPart | EmbeddingPart)]
+        low_rank_kinds = LinearPart | EmbeddingPart | ExpertsPart | RouterPart
+        ranks = [part.rank for _, part in self.parts.placed() if isinstance(part, low_rank_kinds)]
         low_rank = [rank for rank in ranks if rank]
         return (min(low_rank), max(low_rank)) if low_rank else (0, 0)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import KVShape, LinearSite
+from peftmux.adapters.base import KVShape, LinearSite, ParameterSite
+from peftmux.adapters.experts import parameter_names, parameter_sites
 
 
 class TorchBase:
@@ -42,6 +43,14 @@ class TorchBase:
     def linear_sites(self) -> Mapping[str, LinearSite]:
         sites = (_site(name, module) for name, module in self.module.named_modules())
         return {site.name: site for site in sites if site}
+
+    @cached_property
+    def parameter_sites(self) -> Mapping[str, ParameterSite]:
+        return parameter_sites(self.module)
+
+    @cached_property
+    def parameter_names(self) -> Sequence[str]:
+        return parameter_names(self.module)
 
     @cached_property
     def module_names(self) -> frozenset[str]:

@@ -28,9 +28,10 @@ from peftmux.adapters.config import (
     show,
 )
 from peftmux.adapters.errors import AdapterInvalid, Reason
-from peftmux.adapters.methods import replaced
+from peftmux.adapters.methods import lora_experts, replaced
 from peftmux.adapters.methods.ledger import PREFIX, Ledger
 from peftmux.adapters.methods.lora_embedding import build_embedding, plan_embedding
+from peftmux.adapters.methods.lora_experts import ParameterPlan, build_parameters, plan_parameters
 from peftmux.adapters.methods.lora_linear import build_linear, plan_linear, plan_plain_biases
 from peftmux.adapters.methods.registry import Method, Parts, Plan, Shapes
 from peftmux.adapters.patterns import PatternMatcher
@@ -58,6 +59,7 @@ FIELDS: FieldTable = {
     **COMMON,
     **targets.FIELDS,
     **replaced.FIELDS,
+    **lora_experts.FIELDS,
     "r": Honoured(8, is_positive_int, "a positive integer"),
     "lora_alpha": Honoured(8, is_number, "a finite number"),
     "rank_pattern": Honoured(
@@ -93,14 +95,20 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
     _check_tying(fields, base)
     ledger, matcher = Ledger(shapes), PatternMatcher()
     new = replaced.plan_replaced(fields, base, ledger)
-    present = _present_modules(ledger, base)
-    chosen = targets.target_sites(fields, present, base, matcher, others=(base.embedding,))
-    _check_together(fields, chosen, new.keys(), base)
-    sites, embedding = [], None
-    for name in chosen:
+
+    def rank_and_scale(name: str) -> tuple[int, float]:
         rank = _by_pattern(fields, "rank_pattern", "r", name, matcher)
         alpha = _by_pattern(fields, "alpha_pattern", "lora_alpha", name, matcher)
-        scale = lora_scaling(alpha, rank, fields["use_rslora"])
+        return rank, lora_scaling(alpha, rank, fields["use_rslora"])
+
+    parameters = plan_parameters(fields, base, ledger, rank_and_scale)
+    present = _present_modules(ledger, base)
+    chosen = _chosen_modules(fields, present, base, matcher)
+    _check_together(fields, chosen, new.keys(), base)
+    _check_targeted_once(chosen, parameters)
+    sites, embedding = [], None
+    for name in chosen:
+        rank, scale = rank_and_scale(name)
         if name == base.embedding:
             embedding = plan_embedding(base, rank, scale, fields["use_dora"], ledger)
         else:
@@ -113,9 +121,10 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
         others = replaced.build_replaced(new, tensors, base)
         if embedding is not None:
             others[base.embedding] = (build_embedding(embedding, tensors, base),)
-        return Parts({s.site: build_linear(s, tensors, base) for s in sites}, others)
+        linear, experts = build_parameters(parameters, tensors)
+        return Parts(linear | {s.site: build_linear(s, tensors, base) for s in sites}, others | experts)
 
-    inferred = fields["target_modules"] is None
+    inferred = fields["target_modules"] is None and not parameters
     warnings = ("target_modules is unset: the sites are those that have tensors",) if inferred else ()
     return Plan(_kind(fields), build, warnings, tuple(fields["alora_invocation_tokens"] or ()))
 
@@ -133,6 +142,24 @@ def _kind(fields: Mapping[str, Any]) -> str:
 def _by_pattern(fields: Mapping[str, Any], patterns: str, default: str, site: str, matcher: PatternMatcher) -> Any:
     key = matcher.first_key(patterns, fields[patterns], site)
     return fields[default] if key is None else fields[patterns][key]
+
+
+def _chosen_modules(
+    fields: Mapping[str, Any], present: Collection[str], base: BaseModel, matcher: PatternMatcher
+) -> list[str]:
+    """The targeted modules; none where the config names parameters alone."""
+    if fields["target_modules"] is None and fields[lora_experts.FIELD]:
+        return []
+    return targets.target_sites(fields, present, base, matcher, others=(base.embedding,))
+
+
+def _check_targeted_once(chosen: Collection[str], parameters: Collection[ParameterPlan]) -> None:
+    for plan in parameters:
+        if plan.linear in chosen:
+            raise AdapterInvalid(
+                Reason.INVALID_FIELD,
+                f"field target_parameters: expected no module of target_modules, got {plan.site.name}",
+            )
 
 
 def _present_modules(ledger: Ledger, base: BaseModel) -> set[str]:

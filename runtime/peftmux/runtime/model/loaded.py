@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftmux.adapters.base import KVShape, LinearSite
+from peftmux.adapters.base import KVShape, LinearSite, ParameterSite
+from peftmux.adapters.experts import parameter_names
 from peftmux.runtime.model.discover import AttentionLayer
 from peftmux.runtime.model.sites import Site, SiteRef
 from peftmux.runtime.model.step import StepInputs, StepState
@@ -23,6 +24,7 @@ class Anatomy:
     """What a module is made of, read before its layers are swapped."""
 
     module_names: frozenset[str]
+    parameter_names: tuple[str, ...]
     parameters: int
     embedding: str
     """Path of the input embedding; "" where it is more than a table."""
@@ -38,6 +40,7 @@ class Anatomy:
         plain_table, plain_head = type(table) is nn.Embedding, type(head) is nn.Linear
         return cls(
             module_names=frozenset(paths.values()),
+            parameter_names=parameter_names(module),
             parameters=sum(p.numel() for p in module.parameters()),
             embedding=paths[id(table)] if plain_table else "",
             head=paths[id(head)] if plain_head else None,
@@ -70,6 +73,7 @@ class LoadedModel:
         self.sites: Mapping[str, SiteRef] = swapped.sites
         self.places: Mapping[tuple[type, str], Site] = swapped.places
         """By type of part and name of place."""
+        self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
         self.step = step
         self.context_length = context_length
         self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
@@ -93,6 +97,10 @@ class LoadedModel:
     @property
     def module_names(self) -> frozenset[str]:
         return self.anatomy.module_names
+
+    @property
+    def parameter_names(self) -> Sequence[str]:
+        return self.anatomy.parameter_names
 
     @property
     def embedding(self) -> str:

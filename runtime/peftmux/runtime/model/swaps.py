@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import LinearSite
+from peftmux.adapters.base import LinearSite, ParameterSite
+from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
+from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.rows import ReplacedRows
+from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.rotary import swap_rotary
 from peftmux.runtime.model.sites import Site, SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
@@ -44,12 +47,14 @@ class Swapper:
         self.sites: dict[str, SiteRef] = {}
         self.places: dict[tuple[type, str], Site] = {}
         """By type of part and name of place: where every part goes that is not at a linear site's low rank."""
+        self.parameter_sites: dict[str, ParameterSite] = {}
 
     def run(self) -> None:
         swap_rotary(self._model, self._fast)
         self._swap_embedding()
         for path, parent in list(self._model.named_modules()):
             self._swap_siblings(path, parent)
+            self._swap_experts(path, parent)
             for name, child in list(parent.named_children()):
                 full = f"{path}.{name}" if path else name
                 if type(child) in (nn.Linear, Conv1D):
@@ -79,6 +84,19 @@ class Swapper:
                 setattr(parent, name, module)
             if swiglu:
                 parent.forward = FastSwiGLU(group, parent, self._fast)
+
+    def _swap_experts(self, path: str, module: nn.Module) -> None:
+        weights = expert_weights(module, path)
+        if weights is not None and (experts := experts_forward(module, weights, self._step)):
+            module.forward = experts
+            for site, place in ((weights.up, experts.up), (weights.down, experts.down)):
+                self.parameter_sites[site.name] = site
+                self.places[ExpertsPart, site.name] = place
+        elif is_router(module) and (router := router_forward(module, self._step)):
+            module.forward = router
+            site = router_site(path, module)
+            self.parameter_sites[site.name] = site
+            self.places[RouterPart, site.name] = router.site
 
     def _group(self, names: Sequence[str], layers: Sequence[nn.Module]) -> SiteGroup:
         sites, weights, biases = [], [], []

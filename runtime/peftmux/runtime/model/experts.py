@@ -1,0 +1,216 @@
+"""Mixture-of-experts blocks of the base with adapters on their stacked weights, and on their routers.
+
+The base's own forward computes every token. Those whose adapter changes an expert or a router are computed once more,
+with their own weights, over the base's result: the other tokens keep theirs to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from peftmux.adapters.experts import ExpertWeights
+from peftmux.kernels.experts import ExpertsSite, Group, RouterPart, routed_weight
+from peftmux.kernels.lowrank import Segments
+from peftmux.runtime.model.step import StepState
+
+_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+_TOKENS = 7
+
+
+class ExpertsForward:
+    """Stands for the `forward` of one module of stacked experts, in the form that transformers gives all of them.
+
+    `up` holds the adapters of gate_up_proj (or up_proj), `down` those of down_proj.
+    """
+
+    def __init__(self, module: nn.Module, weights: ExpertWeights, step: StepState) -> None:
+        self._module: Any = module
+        self._base: Callable[..., Tensor] = module.forward
+        self._step = step
+        self._transposed = weights.transposed
+        up = weights.up
+        self.up, self.down = (
+            ExpertsSite(w.experts, w.in_features, w.out_features, p.dtype, p.device)
+            for w, p in ((up, weights.up_weight), (weights.down, weights.down_weight))
+        )
+        self._up_weight, self._down_weight = weights.up_weight, weights.down_weight
+        self._up_bias, self._down_bias = weights.up_bias, weights.down_bias
+
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x: [T, D], experts and weights: [T, k] -> [T, D]."""
+        out = self._base(x, experts, weights)
+        if not (self.up.empty and self.down.empty):
+            self._adapt(out, x, experts, weights)
+        return out
+
+    def _adapt(self, out: Tensor, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+        segments = self._step.inputs.segments
+        tokens, slots = tokens_of(segments, lambda slot: slot in self.up or slot in self.down)
+        if tokens.numel():
+            tokens, slots = tokens.to(x.device), slots.to(x.device)
+            out[tokens] = self.compute(x[tokens], experts[tokens], weights[tokens], slots).to(out.dtype)
+
+    def compute(self, x: Tensor, experts: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+        """All of it for some tokens: x: [t, D], experts and weights: [t, k], slots: [t] -> [t, D]."""
+        count = experts.shape[1]
+        pairs = torch.stack((experts.flatten(), slots.repeat_interleave(count)), 1)  # [t * k, (expert, slot)]
+        distinct, of_pair, sizes = torch.unique(pairs, dim=0, return_inverse=True, return_counts=True)
+        order = of_pair.argsort(stable=True)
+        ends = [0, *sizes.cumsum(0).tolist()]
+        groups = [Group(e, s, *span) for (e, s), span in zip(distinct.tolist(), pairwise(ends), strict=True)]
+        pair_x = x[order // count]
+        hidden = self._product(pair_x, groups, self._up_weight, self._up_bias)
+        self.up.apply(hidden, pair_x, groups)
+        hidden = self._module._apply_gate(hidden) if self._module.has_gate else self._module.act_fn(hidden)
+        out = self._product(hidden, groups, self._down_weight, self._down_bias)
+        self.down.apply(out, hidden, groups)
+        out = out * weights.flatten()[order].unsqueeze(1)
+        in_order = torch.empty_like(out).index_copy_(0, order, out)
+        return in_order.view(len(x), count, -1).sum(1)
+
+    def _product(self, x: Tensor, groups: list[Group], weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The experts' own linear layers. x: [P, in] in the groups' order -> [P, out]."""
+        pieces = []
+        for expert, _, start, end in groups:
+            w = weight[expert].t() if self._transposed else weight[expert]
+            pieces.append(linear(x[start:end], w, None if bias is None else bias[expert]))
+        return torch.cat(pieces)
+
+
+class RouterSite:
+    """The adapters of one router: for each, the router with its own weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        self._weight = weight.detach()
+        self._held: dict[int, PreparedRouter] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not self._held
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._held
+
+    def prepare(self, part: RouterPart) -> PreparedRouter:
+        weight = self._weight.float()
+        on_device = RouterPart(part.a.to(weight.device), part.b.to(weight.device), part.scale)
+        changed = routed_weight(weight, on_device).to(self._weight.dtype)
+        if not changed.isfinite().all():
+            raise ValueError(f"expected finite values, got inf or nan in a router's weight as {changed.dtype}")
+        return PreparedRouter(_with_weight(self._module, changed), changed.nbytes)
+
+    def put(self, slot: int, prepared: PreparedRouter) -> None:
+        self._held[slot] = prepared
+
+    def drop(self, slot: int) -> None:
+        self._held.pop(slot, None)
+
+    def route(self, slot: int, x: Tensor) -> Any:
+        return self._held[slot].module(x)
+
+
+class PreparedRouter:
+    """A router of one adapter; everything but its weight is the base's."""
+
+    def __init__(self, module: nn.Module, nbytes: int) -> None:
+        self.module = module
+        self.nbytes = nbytes
+
+
+class RouterForward:
+    """Stands for the `forward` of one router, whose results are tensors with a row for each token."""
+
+    def __init__(self, module: nn.Module, step: StepState) -> None:
+        self._base: Callable[[Tensor], Any] = module.forward
+        self._step = step
+        self.site = RouterSite(module)
+
+    def __call__(self, x: Tensor) -> Any:
+        out = self._base(x)
+        if not self.site.empty:
+            flat = x.reshape(-1, x.shape[-1])
+            for slot, start, end in self._step.inputs.segments.runs:
+                if slot in self.site:
+                    changed_rows = _tensors(self.site.route(slot, flat[start:end]))
+                    for whole, changed in zip(_tensors(out), changed_rows, strict=True):
+                        whole.view(-1, whole.shape[-1])[start:end] = changed.view(-1, whole.shape[-1])
+        return out
+
+
+def tokens_of(segments: Segments, chosen: Callable[[int], bool]) -> tuple[Tensor, Tensor]:
+    """The tokens of the chosen slots, and the slot of each: [t], [t] int64 on the CPU."""
+    runs = [run for run in segments.runs if chosen(run[0])]
+    tokens = [t for _, start, end in runs for t in range(start, end)]
+    slots = [slot for slot, start, end in runs for _ in range(start, end)]
+    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64)
+
+
+@torch.inference_mode()
+def experts_forward(module: nn.Module, weights: ExpertWeights, step: StepState) -> ExpertsForward | None:
+    """The module's stand-in where its experts are reproduced on random input, else None."""
+    try:
+        forward = ExpertsForward(module, weights, step)
+        x = _random(weights.up_weight, (_TOKENS, weights.up.in_features))
+        first = torch.arange(_TOKENS, device=x.device)
+        experts = torch.stack([first, first + 1], 1) % weights.up.experts
+        shares = _random(weights.up_weight, (_TOKENS, 2)).softmax(-1)
+        expected = module.forward(x, experts, shares)
+        got = forward.compute(x, experts, shares, torch.zeros(_TOKENS, dtype=torch.int64, device=x.device))
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        return None
+    return forward if _equal(got, expected) else None
+
+
+@torch.inference_mode()
+def router_forward(module: nn.Module, step: StepState) -> RouterForward | None:
+    """The router's stand-in where it answers token by token from its weight, else None."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    x = _random(weight, (_TOKENS, weight.shape[1]))
+    try:
+        whole, part = _tensors(module(x)), _tensors(module(x[2:4]))
+        other = _tensors(_with_weight(module, weight.detach().flip(0) + 1)(x))
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+    by_token = all(w.dim() == 2 and len(w) == _TOKENS and _equal(p, w[2:4]) for w, p in zip(whole, part, strict=True))
+    reads_it = any(not torch.equal(a, b) for a, b in zip(whole, other, strict=True))
+    return RouterForward(module, step) if by_token and reads_it else None
+
+
+def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The same module with another weight; everything else is shared."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)
+    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
+
+
+def _tensors(out: Any) -> tuple[Tensor, ...]:
+    found = (out,) if isinstance(out, Tensor) else tuple(out)
+    if not found or not all(isinstance(t, Tensor) for t in found):
+        raise TypeError(f"expected tensors, got {type(out).__name__}")
+    return found
+
+
+def _random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not b.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = _CLOSE.get(b.dtype, 0.0) * max(1.0, float(b.abs().max()))
+    return bool((a.float() - b.float()).abs().max() <= tolerance)
