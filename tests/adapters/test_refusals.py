@@ -207,7 +207,7 @@ LORA: dict[str, tuple[Reason, str, Damage]] = {
     "rank in the config": (Reason.RANK_MISMATCH, "expected rank 16", edit_config(r=16)),
     "rank by pattern": (Reason.RANK_MISMATCH, "expected rank 8", edit_config(rank_pattern={"q_proj": 8})),
     # fields
-    "no method": (Reason.UNSUPPORTED_FORMAT, "expected LORA or PREFIX_TUNING", edit_config(peft_type=None)),
+    "no method": (Reason.UNSUPPORTED_FORMAT, "field peft_type: expected ", edit_config(peft_type=None)),
     "unknown method": (Reason.UNSUPPORTED_METHOD, "got 'SORA'", edit_config(peft_type="SORA")),
     "method of lower case": (Reason.UNSUPPORTED_METHOD, "got 'lora'", edit_config(peft_type="lora")),
     "encoder-decoder": (Reason.UNSUPPORTED_TASK, "SEQ_2_SEQ_LM", edit_config(task_type="SEQ_2_SEQ_LM")),

@@ -263,3 +263,77 @@ def test_an_adapter_is_charged_for_its_tensors() -> None:
     ranks, _ = ADAPTERS[2]
     low_rank = sum(r * (IN + n) * 2 + 4 * r for r, n in zip(ranks, SLICES, strict=True) if r)
     assert site.bytes(2) == low_rank + 2 * 4 * sum(SLICES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_gated_experts_compute_the_definition(path: str, dtype: torch.dtype, epilogue: bool) -> None:
+    """Beside adapters without a gate; the definition written out here expert by expert, in float64."""
+    torch.manual_seed(5)
+    experts, ranks = (3, 0, 4), (6, 5, 8)
+    site = make_site(dtype, slots=(1, 3))
+    made = [
+        LinearPart(
+            torch.randn(r, IN) / 8,
+            torch.randn(n, r),
+            0.7,
+            out_scale=torch.randn(n) if epilogue else None,
+            bias=torch.randn(n) if epilogue else None,
+            gate=torch.randn(e, IN) / 4 if e else None,
+        )
+        for e, r, n in zip(experts, ranks, SLICES, strict=True)
+    ]
+    site.put(9, site.prepare(made))
+    assert site.path == path
+    segments = Segments.build([0, 9, 1, 9, 3, 9], [2, 1, 3, 100, 2, 2])
+    y, x = batch(segments.num_tokens, dtype)
+    got = y.clone()
+    site.apply(got, x, segments)
+    others = segments.slot_of_token != 9
+    alone = make_site(dtype, slots=(1, 3))
+    plain = y.clone()
+    alone.apply(plain, x, segments)
+    assert torch.equal(got[: len(others)][others], plain[: len(others)][others])
+    own = torch.nonzero(~others).flatten()
+    for part, columns in zip(made, torch.arange(sum(SLICES)).split(SLICES), strict=True):
+        want, size = written_out(y[own][:, columns], x[own], part, dtype)
+        error = (got[own][:, columns].double() - want).abs()
+        assert bool((error <= tolerance(want, 4 * size, dtype, path)).all()), error.max()
+        if dtype is torch.float32:
+            reference = apply_linear_part(y[own][:, columns].double(), x[own].double(), in_double(part))
+            torch.testing.assert_close(reference, want)
+
+
+def in_double(part: LinearPart) -> LinearPart:
+    pieces = (part.a, part.b, part.out_scale, part.bias, part.gate)
+    a, b, out_scale, bias, gate = (None if t is None else t.double() for t in pieces)
+    return LinearPart(a, b, part.scale, out_scale, bias, gate)
+
+
+def written_out(y: Tensor, x: Tensor, part: LinearPart, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-> (the definition expert by expert in float64 with weights rounded to dtype, its terms' magnitudes)."""
+    assert part.a is not None
+    assert part.b is not None
+    a, b, x = part.a.to(dtype).double(), part.b.to(dtype).double(), x.double()
+    count = part.experts or 1
+    shares = torch.ones(len(x), 1).double()
+    if part.gate is not None:
+        shares = (x @ part.gate.to(dtype).double().T).softmax(1)
+    out, size = y.double(), y.double().abs()
+    for e, (a_e, b_e) in enumerate(zip(a.chunk(count), b.chunk(count, 1), strict=True)):
+        out = out + part.scale * shares[:, e : e + 1] * (x @ a_e.T @ b_e.T)
+        size = size + part.scale * shares[:, e : e + 1] * (x.abs() @ a_e.abs().T @ b_e.abs().T)
+    if part.out_scale is not None:
+        out, size = out * part.out_scale, size * part.out_scale.abs()
+    return (out, size) if part.bias is None else (out + part.bias, size + part.bias.abs())
+
+
+def test_a_gate_needs_ranks_that_its_experts_share() -> None:
+    site = LowRankSite(IN, (7,), torch.float32)
+    a, b, gate = torch.randn(5, IN), torch.randn(7, 5), torch.randn(2, IN)
+    with pytest.raises(ValueError, match="2 experts share, got 5"):
+        site.prepare([LinearPart(a, b, gate=gate)])
+    with pytest.raises(ValueError, match="2 experts share, got 0"):
+        site.prepare([LinearPart(gate=gate)])
+    with pytest.raises(ValueError, match="gate of shape"):
+        site.prepare([LinearPart(a[:4], b[:, :4], gate=gate[:, :3])])

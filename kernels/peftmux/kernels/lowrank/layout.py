@@ -15,21 +15,28 @@ from peftmux.kernels.lowrank.reference import LinearPart
 class Prepared:
     """Parts of all slices together; N is the sum of the slices, R of their ranks. Owned by the site once put.
 
-    y'[:, slice] = out_scale * (y[:, slice] + (rank_scale * (x A^T))[:, ranks of slice] B) + bias
+    y'[:, slice] = out_scale * (y[:, slice] + (rank_scale * (x A^T))[:, ranks of slice] B) + bias, where a slice with
+    experts has its ranks weighed by the softmax of x times its gate, whose rows follow the ranks of all slices in A.
     """
 
     ranks: tuple[int, ...]
     """Of each slice, 0 where it has no low-rank term."""
     a: Tensor
-    """[R, K] in the site's dtype: the slices' A below each other."""
+    """[R + sum of experts, K] in the site's dtype: the slices' A below each other, then their gates."""
     b: Tensor
     """[sum of r * N_slice] in the site's dtype: slice by slice, panel by panel, rank rows [r, columns of the panel]."""
     rank_scale: Tensor
-    """[R] float32: each slice's scale, once a rank."""
+    """As many as rows of A, float32: each slice's scale, once a rank; 1 for the gates."""
     out_scale: Tensor | None
     """[N] float32, ones where a slice has none; None together with bias."""
     bias: Tensor | None
     """[N] float32, zeros where a slice has none."""
+    experts: tuple[int, ...]
+    """Of each slice, 0 where it has no gate."""
+
+    @property
+    def gated(self) -> bool:
+        return any(self.experts)
 
     @property
     def nbytes(self) -> int:
@@ -58,14 +65,18 @@ def prepare(
     for i, (part, out) in enumerate(zip(present, slices, strict=True)):
         _check(part, i, in_features, out)
     ranks = tuple(p.rank for p in present)
-    a = torch.empty(sum(ranks), in_features, dtype=dtype, device=device)
+    experts = tuple(p.experts for p in present)
+    a = torch.empty(sum(ranks) + sum(experts), in_features, dtype=dtype, device=device)
     b = torch.empty(sum(r * n for r, n in zip(ranks, slices, strict=True)), dtype=dtype, device=device)
     areas = torch.split(b, [r * n for r, n in zip(ranks, slices, strict=True)])
-    for part, a_rows, area in zip(present, torch.split(a, list(ranks)), areas, strict=True):
+    for part, a_rows, area in zip(present, torch.split(a[: sum(ranks)], list(ranks)), areas, strict=True):
         if part.a is not None and part.b is not None:
             a_rows.copy_(part.a.detach())
             _fill_panels(area, part.b.detach(), panel or part.b.shape[0])
-    scales = [part.scale for part in present for _ in range(part.rank)]
+    for part, gate_rows in zip(present, torch.split(a[sum(ranks) :], list(experts)), strict=True):
+        if part.gate is not None:
+            gate_rows.copy_(part.gate.detach())
+    scales = [part.scale for part in present for _ in range(part.rank)] + [1.0] * sum(experts)
     changed = any(p.out_scale is not None or p.bias is not None for p in present)
     prepared = Prepared(
         ranks=ranks,
@@ -74,6 +85,7 @@ def prepare(
         rank_scale=torch.tensor(scales, dtype=torch.float32, device=device),
         out_scale=_per_output([p.out_scale for p in present], slices, 1.0, device) if changed else None,
         bias=_per_output([p.bias for p in present], slices, 0.0, device) if changed else None,
+        experts=experts,
     )
     for name in ("a", "b", "rank_scale", "out_scale", "bias"):
         value = getattr(prepared, name)
@@ -93,7 +105,15 @@ def _fill_panels(area: Tensor, b: Tensor, panel: int) -> None:
 def _check(part: LinearPart, index: int, in_features: int, out: int) -> None:
     if (part.a is None) != (part.b is None):
         raise ValueError(f"slice {index}: expected a and b together, got only one")
-    expected = {"a": (part.rank, in_features), "b": (out, part.rank), "out_scale": (out,), "bias": (out,)}
+    if part.experts and (part.a is None or part.rank % part.experts):
+        raise ValueError(f"slice {index}: expected a rank that {part.experts} experts share, got {part.rank}")
+    expected = {
+        "a": (part.rank, in_features),
+        "b": (out, part.rank),
+        "out_scale": (out,),
+        "bias": (out,),
+        "gate": (part.experts, in_features),
+    }
     for name, shape in expected.items():
         tensor = getattr(part, name)
         if tensor is not None and tuple(tensor.shape) != shape:

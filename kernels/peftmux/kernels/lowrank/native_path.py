@@ -18,7 +18,7 @@ _PANEL = 64
 
 
 class _Slot(ctypes.Structure):
-    _fields_ = [(n, c_void_p) for n in ("a", "b", "rank_scale", "out_scale", "bias", "rank_ends")]
+    _fields_ = [(n, c_void_p) for n in ("a", "b", "rank_scale", "out_scale", "bias", "rank_ends", "expert_ends")]
 
 
 class _Site(ctypes.Structure):
@@ -48,7 +48,8 @@ class NativePath:
         if slot >= len(self._table):
             self._grow(slot + 1)
         ends = (c_int32 * len(prepared.ranks))(*accumulate(prepared.ranks))
-        self._kept[slot] = (prepared, ends)
+        expert_ends = (c_int32 * len(prepared.experts))(*accumulate(prepared.experts))
+        self._kept[slot] = (prepared, ends, expert_ends)
         self._table[slot] = _Slot(
             prepared.a.data_ptr(),
             prepared.b.data_ptr(),
@@ -56,6 +57,7 @@ class NativePath:
             None if prepared.out_scale is None else prepared.out_scale.data_ptr(),
             None if prepared.bias is None else prepared.bias.data_ptr(),
             ctypes.addressof(ends),
+            ctypes.addressof(expert_ends) if prepared.gated else None,
         )
 
     def drop(self, slot: int) -> None:

@@ -2,7 +2,7 @@
 
 Two forms. Adapters without an epilogue share one product: their A rows stacked, the result masked to each token's own
 ranks, then the stacked B. Its cost is flat in the number of adapters while the stack is small. Adapters with an
-epilogue (which must see the sum before it is rounded), and stacks that grew too large, go run by run.
+epilogue (which must see the sum before it is rounded) or a gate, and stacks that grew too large, go run by run.
 In bfloat16 the product with A is rounded before the scale, as PEFT's own layers round it.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftmux.kernels.lowrank.layout import Prepared
+from peftmux.kernels.lowrank.reference import gated
 from peftmux.kernels.lowrank.segments import Segments
 
 _WIDEST_STACK = 256
@@ -64,7 +65,7 @@ class TorchPath:
         y.addmm_(t.to(y.dtype), b)
 
     def _apply_run(self, y: Tensor, x: Tensor, held: Prepared, rank_rows: list[Tensor]) -> None:
-        t = (x @ held.a.t()).float() * held.rank_scale
+        t = _gated(x, held) if held.gated else (x @ held.a.t()).float() * held.rank_scale
         if held.out_scale is None or held.bias is None:
             for piece, target, b in zip(
                 torch.split(t, list(held.ranks), 1), torch.split(y, list(self._slices), 1), rank_rows, strict=True
@@ -82,7 +83,16 @@ class TorchPath:
 
 
 def _stackable(held: Prepared) -> bool:
-    return held.out_scale is None
+    return held.out_scale is None and not held.gated
+
+
+def _gated(x: Tensor, held: Prepared) -> Tensor:
+    """[T, R]: the ranks of slices with experts weighed by their experts' shares, which are made in float32."""
+    count = sum(held.ranks)
+    ranks = (x @ held.a[:count].t()).float() * held.rank_scale[:count]
+    logits = x.float() @ held.a[count:].float().t()
+    pieces = zip(ranks.split(list(held.ranks), 1), logits.split(list(held.experts), 1), held.experts, strict=True)
+    return torch.cat([gated(piece, by) if experts else piece for piece, by, experts in pieces], 1)
 
 
 def _rank_rows(held: Prepared, slices: tuple[int, ...]) -> list[Tensor]:

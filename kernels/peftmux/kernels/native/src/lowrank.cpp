@@ -1,11 +1,13 @@
 // The gathered low-rank operator at one linear site, for all adapters of a step in one call:
 //     y[t] = out_scale * (y[t] + (rank_scale * (A x[t])) B) + bias,    per slice of y, accumulated in float32
+// where a slice with experts has the ranks of each expert weighed by its share in the softmax of its gate's rows of A.
 // Two stages: t = A x for all tokens, then what t adds to y. A unit of work holds all rows of one adapter (up to
 // ROWS), so its weights are read once. An element of t or y is computed by one thread in an order that depends on
 // nothing but its own row and weights. With many adapters the weights come from memory once a step in pieces too short
 // for the hardware to foresee: each unit asks for the next one's while it works.
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "vec.h"
@@ -15,12 +17,13 @@ namespace peftmux {
 
 // The layouts of `lowrank/native_path.py`.
 struct Slot {
-  const void* a;             // [R, in]
-  const void* b;             // of each slice, [r, PANEL] for each PANEL columns, the last one narrower
-  const float* rank_scale;   // [R]
-  const float* out_scale;    // [out], or null together with bias
-  const float* bias;         // [out]
-  const int32_t* rank_ends;  // [slices]; null: no adapter in this slot
+  const void* a;               // [R + experts, in]: after the ranks of all slices the gates of those that have one
+  const void* b;               // of each slice, [r, PANEL] for each PANEL columns, the last one narrower
+  const float* rank_scale;     // [R + experts]
+  const float* out_scale;      // [out], or null together with bias
+  const float* bias;           // [out]
+  const int32_t* rank_ends;    // [slices]; null: no adapter in this slot
+  const int32_t* expert_ends;  // [slices]; null: no gates
 };
 
 struct Site {
@@ -79,11 +82,14 @@ struct Plan {
   std::vector<float> t;
 };
 
-int ranks_of(const Slot& s, int slices) { return s.rank_ends[slices - 1]; }
+// Rows of A.
+int rows_of(const Slot& s, int slices) {
+  return s.rank_ends[slices - 1] + (s.expert_ends ? s.expert_ends[slices - 1] : 0);
+}
 
 void plan_group(Plan& plan, const Site& site, const Slot& slot, int first, int element) {
   Group g{&slot, first, (int)plan.tokens.size() - first, (int64_t)plan.t.size()};
-  int index = (int)plan.groups.size(), ranks = ranks_of(slot, site.slices);
+  int index = (int)plan.groups.size(), ranks = rows_of(slot, site.slices);
   plan.groups.push_back(g);
   plan.t.resize(plan.t.size() + (size_t)ranks * g.count);
   for (int row = 0; row < g.count; row += ROWS) {
@@ -155,7 +161,7 @@ void shrink(const Site& site, Plan& plan, int unit, const T* x, int64_t x_stride
   const T* rows[ROWS];
   int count = std::min(ROWS, g.count - u.row), k = site.in;
   for (int m = 0; m < count; ++m) rows[m] = x + plan.tokens[g.first + u.row + m] * x_stride;
-  int end = std::min(u.rank + RANKS, ranks_of(*g.slot, site.slices));
+  int end = std::min(u.rank + RANKS, rows_of(*g.slot, site.slices));
   Ahead ahead{};
   if (unit + 1 < (int)plan.shrink.size()) {
     const ShrinkUnit& then = plan.shrink[unit + 1];
@@ -251,6 +257,25 @@ void add_rows(Terms<T> s, const Slot& slot, T* const* y, const T* panel, int col
   }
 }
 
+// Puts a weighed copy in the place of the t of a unit's rows. logits[e * t_stride + m]: of expert e, row m.
+template <class T>
+void weigh(Terms<T>& s, const float* logits, int experts, int rows) {
+  static thread_local std::vector<float> weighed;
+  weighed.resize((size_t)s.ranks * rows);
+  int share = s.ranks / experts;
+  for (int m = 0; m < rows; ++m) {
+    float largest = logits[m], sum = 0;
+    for (int e = 1; e < experts; ++e) largest = std::max(largest, logits[e * s.t_stride + m]);
+    for (int e = 0; e < experts; ++e) sum += std::exp(logits[e * s.t_stride + m] - largest);
+    for (int e = 0; e < experts; ++e) {
+      float weight = std::exp(logits[e * s.t_stride + m] - largest) / sum;
+      for (int j = e * share; j < (e + 1) * share; ++j) weighed[(size_t)j * rows + m] = weight * s.t[j * s.t_stride + m];
+    }
+  }
+  s.t = weighed.data();
+  s.t_stride = rows;
+}
+
 template <class T>
 void expand(const Site& site, const Plan& plan, int unit, T* y, int64_t y_stride) {
   const ExpandUnit& u = plan.expand[unit];
@@ -266,6 +291,12 @@ void expand(const Site& site, const Plan& plan, int unit, T* y, int64_t y_stride
   s.t_stride = g.count;
   s.ranks = slot.rank_ends[u.slice] - first_rank;
   const T* b = (const T*)u.b;
+  if (slot.expert_ends) {
+    int before = u.slice ? slot.expert_ends[u.slice - 1] : 0;
+    int experts = slot.expert_ends[u.slice] - before;
+    const float* logits = plan.t.data() + g.offset + (int64_t)(slot.rank_ends[site.slices - 1] + before) * g.count;
+    if (experts) weigh(s, logits + u.row, experts, count);
+  }
   Ahead ahead{unit + 1 < (int)plan.expand.size() ? (const char*)plan.expand[unit + 1].b : nullptr};
   int m = 0;
   for (; m + Y_ROWS <= count; m += Y_ROWS, s.t += Y_ROWS, ahead.next = nullptr)
