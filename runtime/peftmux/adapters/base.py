@@ -35,6 +35,15 @@ class ParameterSite:
 
 
 @dataclass(frozen=True, slots=True)
+class FeedForwardSite:
+    """A feed-forward block: `outer` reads what the activation makes of the `inner` projections (names of children)."""
+
+    name: str
+    inner: tuple[str, ...]
+    outer: str
+
+
+@dataclass(frozen=True, slots=True)
 class KVShape:
     """One attention layer's cache: keys [kv_heads, key_dim] and values [kv_heads, value_dim] per token."""
 
@@ -58,6 +67,8 @@ class BaseModel(Protocol):
     def linear_sites(self) -> Mapping[str, LinearSite]: ...
     @property
     def parameter_sites(self) -> Mapping[str, ParameterSite]: ...
+    @property
+    def feed_forwards(self) -> Mapping[str, FeedForwardSite]: ...
     @property
     def parameter_names(self) -> Sequence[str]:
         """Every parameter's path, module by module."""

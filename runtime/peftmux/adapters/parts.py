@@ -10,6 +10,7 @@ from torch import Tensor
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.lowrank import LinearPart
+from peftmux.kernels.mixture import MixturePart
 from peftmux.kernels.rows import ReplacedRows
 
 __all__ = [
@@ -18,13 +19,14 @@ __all__ = [
     "KVPrefix",
     "LinearPart",
     "LoweredAdapter",
+    "MixturePart",
     "Part",
     "Parts",
     "ReplacedRows",
     "RouterPart",
 ]
 
-Part = ReplacedRows | EmbeddingPart | ExpertsPart | RouterPart
+Part = ReplacedRows | EmbeddingPart | ExpertsPart | RouterPart | MixturePart
 """What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 
 
@@ -94,7 +96,7 @@ class LoweredAdapter:
     @property
     def ranks(self) -> tuple[int, int]:
         """(smallest, largest) rank over the places with a low-rank term; (0, 0) where there are none."""
-        low_rank_kinds = LinearPart | EmbeddingPart | ExpertsPart | RouterPart
+        low_rank_kinds = LinearPart | EmbeddingPart | ExpertsPart | RouterPart | MixturePart
         ranks = [part.rank for _, part in self.parts.placed() if isinstance(part, low_rank_kinds)]
         low_rank = [rank for rank in ranks if rank]
         return (min(low_rank), max(low_rank)) if low_rank else (0, 0)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import KVShape, LinearSite, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, ParameterSite
 from peftmux.adapters.experts import parameter_names, parameter_sites
+from peftmux.adapters.feed_forward import feed_forward
 
 
 class TorchBase:
@@ -47,6 +48,11 @@ class TorchBase:
     @cached_property
     def parameter_sites(self) -> Mapping[str, ParameterSite]:
         return parameter_sites(self.module)
+
+    @cached_property
+    def feed_forwards(self) -> Mapping[str, FeedForwardSite]:
+        found = ((name, feed_forward(module)) for name, module in self.module.named_modules())
+        return {name: block.site(name) for name, block in found if block}
 
     @cached_property
     def parameter_names(self) -> Sequence[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from peftmux.adapters.methods import lora, loramoe, prefix
+from peftmux.adapters.methods import lora, loramoe, mixlora, prefix
 from peftmux.adapters.methods.registry import Method
 
-METHODS: dict[str, Method] = {method.peft_type: method for method in (lora.METHOD, loramoe.METHOD, prefix.METHOD)}
+METHODS: dict[str, Method] = {
+    method.peft_type: method for method in (lora.METHOD, loramoe.METHOD, mixlora.METHOD, prefix.METHOD)
+}

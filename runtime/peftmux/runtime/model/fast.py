@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from peftmux.kernels.elementwise import ElementwisePath, rms_norm
+from peftmux.runtime.model.mixtures import Mixtures
 from peftmux.runtime.model.sites import SiteGroup
 
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -31,13 +32,18 @@ class FastRMSNorm(nn.Module):
 class FastSwiGLU:
     """down(silu(gate x) * up x) with gate and up in one product. Stands for the feed-forward module's `forward`."""
 
-    def __init__(self, gate_up: SiteGroup, parent: nn.Module, path: ElementwisePath) -> None:
+    def __init__(self, gate_up: SiteGroup, parent: nn.Module, path: ElementwisePath, mixtures: Mixtures) -> None:
         self._swiglu = path.swiglu
         self._gate_up = gate_up
         self._parent = parent  # read late: its down projection is swapped after this is made
+        self._mixtures = mixtures
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self._parent.down_proj(self._swiglu(self._gate_up(x)))  # type: ignore[operator]
+        gate_up = self._gate_up(x)
+        hidden = self._swiglu(gate_up)
+        if not self._mixtures.site.empty:
+            return self._mixtures.finish(x, gate_up.split(self._gate_up.sizes, -1), hidden)
+        out: Tensor = self._parent.down_proj(hidden)  # type: ignore[operator]
         return out
 
 

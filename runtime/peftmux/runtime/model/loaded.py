@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftmux.adapters.base import KVShape, LinearSite, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, ParameterSite
 from peftmux.adapters.experts import parameter_names
 from peftmux.runtime.model.discover import AttentionLayer
 from peftmux.runtime.model.sites import Site, SiteRef
@@ -73,6 +73,7 @@ class LoadedModel:
         self.sites: Mapping[str, SiteRef] = swapped.sites
         self.places: Mapping[tuple[type, str], Site] = swapped.places
         """By type of part and name of place."""
+        self.feed_forwards: Mapping[str, FeedForwardSite] = swapped.feed_forwards
         self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
         self.step = step
         self.context_length = context_length

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import LinearSite, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, LinearSite, ParameterSite
 from peftmux.adapters.experts import expert_weights, is_router, router_site
+from peftmux.adapters.feed_forward import feed_forward
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
+from peftmux.kernels.mixture import MixturePart
 from peftmux.kernels.rows import ReplacedRows
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
+from peftmux.runtime.model.mixtures import MixedForward, Mixtures
 from peftmux.runtime.model.rotary import swap_rotary
 from peftmux.runtime.model.sites import Site, SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
 from peftmux.runtime.model.step import StepState
@@ -48,12 +51,14 @@ class Swapper:
         self.places: dict[tuple[type, str], Site] = {}
         """By type of part and name of place: where every part goes that is not at a linear site's low rank."""
         self.parameter_sites: dict[str, ParameterSite] = {}
+        self.feed_forwards: dict[str, FeedForwardSite] = {}
 
     def run(self) -> None:
         swap_rotary(self._model, self._fast)
         self._swap_embedding()
         for path, parent in list(self._model.named_modules()):
-            self._swap_siblings(path, parent)
+            mixtures = self._find_feed_forward(path, parent)
+            self._swap_siblings(path, parent, mixtures)
             self._swap_experts(path, parent)
             for name, child in list(parent.named_children()):
                 full = f"{path}.{name}" if path else name
@@ -70,7 +75,18 @@ class Swapper:
             self._model.set_input_embeddings(swapped)
             self.places[EmbeddingPart, path] = swapped.site
 
-    def _swap_siblings(self, path: str, parent: nn.Module) -> None:
+    def _find_feed_forward(self, path: str, module: nn.Module) -> Mixtures | None:
+        block = feed_forward(module)
+        if block is None:
+            return None
+        mixtures = Mixtures(module, block, self._step)
+        if all(f"{path}.{name}" in self._token_linears for name in (*block.inner, block.outer)):
+            module.forward = MixedForward(module, mixtures)
+            self.feed_forwards[path] = block.site(path)
+            self.places[MixturePart, path] = mixtures.site
+        return mixtures
+
+    def _swap_siblings(self, path: str, parent: nn.Module, mixtures: Mixtures | None) -> None:
         for names in _SIBLINGS:
             layers = [getattr(parent, name, None) for name in names]
             first = layers[0]
@@ -78,12 +94,12 @@ class Swapper:
                 continue
             if any(layer.in_features != first.in_features for layer in layers):  # type: ignore[union-attr]
                 continue
-            swiglu = names[0] == "gate_proj" and is_swiglu(parent)
+            swiglu = mixtures is not None and names[0] == "gate_proj" and is_swiglu(parent)
             group = self._group([f"{path}.{name}" for name in names], layers)  # type: ignore[arg-type]
             for name, module in zip(names, siblings(group), strict=True):
                 setattr(parent, name, module)
-            if swiglu:
-                parent.forward = FastSwiGLU(group, parent, self._fast)
+            if swiglu and mixtures is not None:
+                parent.forward = FastSwiGLU(group, parent, self._fast, mixtures)
 
     def _swap_experts(self, path: str, module: nn.Module) -> None:
         weights = expert_weights(module, path)
