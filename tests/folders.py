@@ -37,7 +37,16 @@ HALF = {
     "peft/llama/lora_dora.bf16base": "dora",
 }
 """As GENERATES, made on a bfloat16 base."""
-CLASSIFIES: dict[str, str] = {}
+CLASSIFIES = {
+    "peft/llama/lora.seq_cls": "lora",
+    "peft/llama/lora.token_cls": "lora",
+    "peft/llama/lora_dora.seq_cls": "dora",
+    "peft/llama/lora_dora.token_cls": "dora",
+    "peft/llama/prefix.seq_cls": "prefix",
+    "peft/llama/prefix.token_cls": "prefix",
+    "peft/qwen2/lora.seq_cls": "lora",
+    "peft/qwen2/prefix.token_cls": "prefix",
+}
 """Folder -> kind, of adapters with a sequence or token head."""
 REFUSED = {
     "adapterhub/llama/fusion": ("MISSING_FILE", "adapter_config.json"),
@@ -64,16 +73,10 @@ REFUSED = {
     "peft/llama/loha": ("UNSUPPORTED_METHOD", "LOHA"),
     "peft/llama/lokr": ("UNSUPPORTED_METHOD", "LOKR"),
     "peft/llama/lokr_both": ("UNSUPPORTED_METHOD", "LOKR"),
-    "peft/llama/lora.seq_cls": ("UNSUPPORTED_TASK", "SEQ_CLS"),
-    "peft/llama/lora.token_cls": ("UNSUPPORTED_TASK", "TOKEN_CLS"),
     "peft/llama/lora_bdlora": ("UNSUPPORTED_FIELD", "use_bdlora"),
-    "peft/llama/lora_dora.seq_cls": ("UNSUPPORTED_TASK", "SEQ_CLS"),
-    "peft/llama/lora_dora.token_cls": ("UNSUPPORTED_TASK", "TOKEN_CLS"),
     "peft/llama/miss": ("UNSUPPORTED_METHOD", "MISS"),
     "peft/llama/multitask_prompt": ("UNSUPPORTED_METHOD", "MULTITASK_PROMPT_TUNING"),
     "peft/llama/oft": ("UNSUPPORTED_METHOD", "OFT"),
-    "peft/llama/prefix.seq_cls": ("UNSUPPORTED_TASK", "SEQ_CLS"),
-    "peft/llama/prefix.token_cls": ("UNSUPPORTED_TASK", "TOKEN_CLS"),
     "peft/llama/prompt_random": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
     "peft/llama/prompt_random.seq_cls": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
     "peft/llama/prompt_random.token_cls": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
@@ -92,8 +95,6 @@ REFUSED = {
     "peft/llama/vera_noproj": ("UNSUPPORTED_METHOD", "VERA"),
     "peft/llama/xlora": ("UNSUPPORTED_METHOD", "XLORA"),
     "peft/qwen2/ia3": ("UNSUPPORTED_METHOD", "IA3"),
-    "peft/qwen2/lora.seq_cls": ("UNSUPPORTED_TASK", "SEQ_CLS"),
-    "peft/qwen2/prefix.token_cls": ("UNSUPPORTED_TASK", "TOKEN_CLS"),
     "peft/qwen2/prompt_random": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
 }
 """Folder -> (reason, what the message names)."""

@@ -116,7 +116,7 @@ def test_errors_come_as_they_are(engine: Engine) -> None:
     with pytest.raises(InvalidRequest):
         engine.generate([[5], [96], [6]], stopping=SIX)
     with pytest.raises(AdapterInvalid):
-        engine.load_adapter("a", "prefix.seq_cls")
+        engine.load_adapter("a", "xlora")
     assert [info.name for info in engine.list_adapters()] == ["lora", "prefix"]
 
 
@@ -177,7 +177,7 @@ def test_a_bad_model_raises_where_it_is_made(tmp_path: Path) -> None:
 
 def test_an_adapter_of_the_start_that_fails_ends_the_start() -> None:
     with pytest.raises(AdapterInvalid):
-        make(adapters=(("a", f"{adapters()}/prefix.seq_cls"),))
+        make(adapters=(("a", f"{adapters()}/xlora"),))
 
 
 def test_plain_values_do_not_import_torch() -> None:

@@ -54,7 +54,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "phi": {},
     "phi3": _WINDOW,
     "gpt2": _GPT2,
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48, "num_key_value_heads": 4},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": 4},
     "gpt_neox": {},
     "gpt_bigcode": _GPT2,
     "mixtral": _EXPERTS | {"sliding_window": None},

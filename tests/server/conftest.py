@@ -16,7 +16,11 @@ from google.rpc import error_details_pb2, status_pb2
 from peftmux.runtime.engine.api import (
     AdapterInfo,
     AdapterState,
+    Classification,
+    ClassificationRequest,
     Delta,
+    Embedding,
+    EmbeddingRequest,
     EngineStats,
     GenerationRequest,
     ModelInfo,
@@ -51,10 +55,13 @@ class FakeEngine:
             max_queued_requests=256,
         )
         self.error: Exception | None = None
+        self.refusal: Exception | None = None
+        """Raised by requests for work only."""
         self.healthy = True
         self.seconds_per_token = 0.0
         self.padding = ""
         self.requests: list[GenerationRequest] = []
+        self.readouts: list[ClassificationRequest | EmbeddingRequest] = []
         self.created = 0
         self.released = 0
         self.tokens_made = 0
@@ -69,8 +76,12 @@ class FakeEngine:
         self._fail()
         if self._draining:
             raise Draining("the engine is draining")
+        if self.refusal is not None:
+            raise self.refusal
         if request.adapter:
             self.get_adapter(request.adapter)
+        if request.task is not None:
+            raise InvalidRequest("adapter_task", "expected unset, a lora adapter without tasks")
         self.requests.append(request)
         self.created += 1
         try:
@@ -78,6 +89,28 @@ class FakeEngine:
                 yield delta
         finally:
             self.released += 1
+
+    async def classify(self, request: ClassificationRequest) -> Classification:
+        """One row a token, the logits its id and 0."""
+        self._accept(request)
+        logits = tuple((float(token), 0.0) for token in request.prompt)
+        halves = tuple((0.75, 0.25) for _ in logits)
+        names = tuple("yes" for _ in logits)
+        return Classification(logits, halves, names, ("yes", "no"), Usage(len(logits), 0, 1), "abc")
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        self._accept(request)
+        return Embedding((0.5, -0.25), Usage(len(request.prompt), 0, 1), "abc" if request.adapter else "")
+
+    def _accept(self, request: Any) -> None:
+        self._fail()
+        if self.refusal is not None:
+            raise self.refusal
+        if request.adapter:
+            self.get_adapter(request.adapter)
+        if request.task is not None:
+            raise InvalidRequest("adapter_task", "expected unset, a lora adapter without tasks")
+        self.readouts.append(request)
 
     async def _tokens(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         count = request.stopping.max_tokens or 3

@@ -45,6 +45,7 @@ def test_the_table_is_the_contract():
         "AdapterNotFound": (code.NOT_FOUND, "ADAPTER_NOT_FOUND"),
         "AdapterExists": (code.ALREADY_EXISTS, "ADAPTER_EXISTS"),
         "AdapterLoading": (code.UNAVAILABLE, "ADAPTER_LOADING"),
+        "TaskMismatch": (code.FAILED_PRECONDITION, "TASK_MISMATCH"),
         "Draining": (code.UNAVAILABLE, "DRAINING"),
         "QueueFull": (code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
         "AdapterMemoryExhausted": (code.RESOURCE_EXHAUSTED, "ADAPTER_MEMORY_EXHAUSTED"),

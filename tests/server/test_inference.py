@@ -7,15 +7,16 @@ import logging
 import time
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from peftmux.adapters import errors as adapters
 from peftmux.runtime import errors as runtime
+from peftmux.runtime.engine.api import EmbeddingRequest, Pooling
 from peftmux.v1 import inference_pb2 as pb
-from tests.server.conftest import Served, adapter_info, answer_of
+from tests.server.conftest import CONTEXT, VOCABULARY, Served, adapter_info, answer_of
 
 CODE = grpc.StatusCode
 
@@ -139,7 +140,7 @@ async def test_a_task_on_an_adapter_without_tasks_is_the_callers_error(served: S
     served.engine.adapters["a"] = adapter_info("a")
     failure = await answer_of(served.inference.Generate(ids(adapter="a", adapter_task=1)))
     assert failure.code is CODE.INVALID_ARGUMENT
-    assert failure.fields == {"adapter_task": "expected unset for 'a', a lora adapter without tasks, got 1"}
+    assert failure.fields == {"adapter_task": "expected unset, a lora adapter without tasks"}
 
 
 async def test_a_weighted_sum_is_unimplemented(served: Served):
@@ -186,15 +187,79 @@ async def test_nothing_leaks_of_an_unexpected_error(served: Served, streaming, c
     assert (await served.inference.Generate(ids())).text == "<0><1><2>"
 
 
+async def test_classify(served: Served):
+    served.engine.adapters["a"] = adapter_info("a")
+    request = pb.ClassifyRequest(adapter="a", token_ids=pb.TokenIds(ids=[7, 3]))
+    response = await served.inference.Classify(request, timeout=20)
+    assert [list(row.logits) for row in response.rows] == [[7, 0], [3, 0]]
+    assert [list(row.probabilities) for row in response.rows] == [[0.75, 0.25]] * 2
+    assert [row.label for row in response.rows] == ["yes", "yes"]
+    assert list(response.labels) == ["yes", "no"]
+    usage = response.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (2, 0, 1)
+    assert response.adapter_revision == "abc"
+    (asked,) = served.engine.readouts
+    assert (asked.adapter, asked.prompt, asked.task) == ("a", (7, 3), None)
+    assert asked.deadline is not None
+    assert 15 < asked.deadline - time.monotonic() < 21
+
+
 @pytest.mark.parametrize(
-    ("method", "request_type"),
-    [("Classify", pb.ClassifyRequest), ("Embed", pb.EmbedRequest)],
-    ids=["classify", "embed"],
+    ("pooling", "expected"),
+    [
+        (pb.POOLING_UNSPECIFIED, Pooling.MEAN),
+        (pb.POOLING_MEAN, Pooling.MEAN),
+        (pb.POOLING_LAST, Pooling.LAST),
+    ],
 )
-async def test_what_comes_later_is_unimplemented(served: Served, method, request_type):
-    failure = await answer_of(getattr(served.inference, method)(request_type(text="x")))
-    assert (failure.code, failure.info.reason) == (CODE.UNIMPLEMENTED, "NOT_OFFERED")
-    assert method in failure.message
+async def test_embed(served: Served, pooling, expected):
+    response = await served.inference.Embed(pb.EmbedRequest(text="ab", pooling=pooling, normalize=True))
+    assert list(response.embedding) == [0.5, -0.25]
+    assert (response.usage.prompt_tokens, response.adapter_revision) == (2, "")
+    assert served.engine.readouts == [EmbeddingRequest((97, 98), "", expected, True)]
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "fields"),
+    [
+        ("Classify", pb.ClassifyRequest(adapter="?"), {"adapter", "input"}),
+        ("Classify", pb.ClassifyRequest(adapter_task=1, text="x"), {"adapter_task"}),
+        ("Classify", pb.ClassifyRequest(token_ids=pb.TokenIds(ids=[VOCABULARY])), {"token_ids.ids"}),
+        ("Classify", pb.ClassifyRequest(token_ids=pb.TokenIds(ids=[1] * (CONTEXT + 1))), {"token_ids"}),
+        ("Classify", pb.ClassifyRequest(text="x" * (CONTEXT + 1)), {"text"}),
+        ("Embed", pb.EmbedRequest(text="", pooling=cast("pb.Pooling", 9)), {"text", "pooling"}),
+        ("Embed", pb.EmbedRequest(token_ids=pb.TokenIds()), {"token_ids.ids"}),
+        ("Embed", pb.EmbedRequest(adapter="a@", text="x"), {"adapter"}),
+    ],
+)
+async def test_bad_fields_of_readouts_are_all_named(served: Served, method, request_, fields):
+    failure = await answer_of(getattr(served.inference, method)(request_))
+    assert (failure.code, failure.info.reason) == (CODE.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert set(failure.fields) == fields
+
+
+async def test_a_context_full_of_prompt_can_be_read(served: Served):
+    full = pb.TokenIds(ids=[1] * CONTEXT)
+    assert (await served.inference.Embed(pb.EmbedRequest(token_ids=full))).usage.prompt_tokens == CONTEXT
+
+
+READOUTS: dict[str, Any] = {"Generate": pb.GenerateRequest, "Classify": pb.ClassifyRequest, "Embed": pb.EmbedRequest}
+
+
+@pytest.mark.parametrize(("kind", "prompt"), [("text", {"text": "x"}), ("token_ids", {"token_ids": {"ids": [1]}})])
+@pytest.mark.parametrize("method", READOUTS)
+async def test_what_the_engine_says_of_its_input_names_the_requests_field(served: Served, method, kind, prompt):
+    """Beside virtual tokens, which only the engine counts, a prompt may be too long."""
+    served.engine.refusal = runtime.InvalidRequest("input", "prompt: expected at most 3 tokens, got 4")
+    failure = await answer_of(getattr(served.inference, method)(READOUTS[method](**prompt)))
+    assert list(failure.fields) == [kind]
+    assert failure.code is CODE.INVALID_ARGUMENT
+
+
+async def test_an_adapter_that_cannot_is_a_failed_precondition(served: Served):
+    served.engine.refusal = runtime.TaskMismatch("expected an adapter with a classification head")
+    failure = await answer_of(served.inference.Classify(pb.ClassifyRequest(adapter="a", text="x")))
+    assert (failure.code, failure.info.reason) == (CODE.FAILED_PRECONDITION, "TASK_MISMATCH")
 
 
 async def test_tokenize(served: Served):

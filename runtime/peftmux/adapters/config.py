@@ -44,9 +44,7 @@ FieldTable = Mapping[str, Honoured | NoEffect | OnlyDefault]
 
 COMMON: FieldTable = {
     "peft_type": NoEffect("chose the method"),
-    "task_type": Honoured(
-        None, lambda v: v == "CAUSAL_LM", "CAUSAL_LM (no other task is served)", Reason.UNSUPPORTED_TASK
-    ),
+    "task_type": Honoured(None, lambda v: v == "CAUSAL_LM", "CAUSAL_LM, SEQ_CLS or TOKEN_CLS", Reason.UNSUPPORTED_TASK),
     "auto_mapping": NoEffect("says which class to build when none is given"),
     "base_model_name_or_path": NoEffect("the base is judged by its sites and shapes"),
     "revision": NoEffect("of the base model's repository"),

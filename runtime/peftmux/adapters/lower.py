@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel
+from peftmux.adapters.config import show
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.files import MAX_TENSOR_BYTES, AdapterFiles, open_adapter
+from peftmux.adapters.heads import HeadPlan, split_head
 from peftmux.adapters.methods import METHODS
 from peftmux.adapters.methods.registry import Plan, Shapes
-from peftmux.adapters.parts import LinearPart, LoweredAdapter, Part
+from peftmux.adapters.parts import LinearPart, LoweredAdapter, Part, Parts
 
 
 def load_adapter(
@@ -62,7 +64,29 @@ def plan_adapter(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> 
             Reason.UNSUPPORTED_METHOD,
             f"field peft_type: expected {_served()}, got {peft_type[:80]!r}, which is not served",
         )
-    return METHODS[peft_type].plan(config, shapes, base)
+    method, split = METHODS[peft_type], split_head(config, shapes, base)
+    if split is not None:
+        return _with_head(method.plan(split.config, split.shapes, split.base), split.head)
+    if method.needs_head:
+        got = show(config.get("task_type"))
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_TASK, f"field task_type: expected SEQ_CLS or TOKEN_CLS with {peft_type}, got {got}"
+        )
+    return method.plan(config, shapes, base)
+
+
+def _with_head(plan: Plan, head: HeadPlan) -> Plan:
+    if plan.invocation:
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_TASK,
+            "field task_type: expected CAUSAL_LM with alora_invocation_tokens (PEFT serves no other), got a classifier",
+        )
+
+    def build(tensors: Mapping[str, Tensor]) -> Parts:
+        rest = {name: tensor for name, tensor in tensors.items() if name not in head.tensors}
+        return dataclasses.replace(plan.build(rest), head=head.build(tensors))
+
+    return dataclasses.replace(plan, build=build)
 
 
 def served_kinds(base: BaseModel) -> tuple[str, ...]:

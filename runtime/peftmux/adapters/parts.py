@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
+from peftmux.kernels.head import Head
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.kernels.mixture import MixturePart
 from peftmux.kernels.rows import ReplacedRows
@@ -16,6 +17,7 @@ from peftmux.kernels.rows import ReplacedRows
 __all__ = [
     "EmbeddingPart",
     "ExpertsPart",
+    "Head",
     "KVPrefix",
     "LinearPart",
     "LoweredAdapter",
@@ -57,6 +59,8 @@ class Parts:
     """By the name of the place they sit at, at most one of each type; at a linear site they stand before its linear
     part."""
     prefix: KVPrefix | None = None
+    head: Head | None = None
+    """Reads the final hidden states; such an adapter classifies, and generates nothing."""
 
     def placed(self) -> Iterator[tuple[str, LinearPart | Part]]:
         """Every part that sits at a named place, with the name."""
@@ -89,9 +93,9 @@ class LoweredAdapter:
 
     @property
     def applied_sites(self) -> int:
-        """Places of the base that are changed, and one for each attention layer with a prefix."""
+        """Places of the base that are changed, one for each attention layer with a prefix, and one for a head."""
         prefix = self.parts.prefix
-        return len(self.parts.places) + (len(prefix.keys) if prefix else 0)
+        return len(self.parts.places) + (len(prefix.keys) if prefix else 0) + (self.parts.head is not None)
 
     @property
     def ranks(self) -> tuple[int, int]:

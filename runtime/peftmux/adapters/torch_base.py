@@ -41,6 +41,14 @@ class TorchBase:
         return int(self._text_config.vocab_size)
 
     @cached_property
+    def state_width(self) -> int:
+        module: Any = self.module
+        if module.base_model is module:
+            return 0
+        width = getattr(module.get_output_embeddings(), "in_features", None)
+        return int(width or self.hidden_size)
+
+    @cached_property
     def linear_sites(self) -> Mapping[str, LinearSite]:
         sites = (_site(name, module) for name, module in self.module.named_modules())
         return {site.name: site for site in sites if site}

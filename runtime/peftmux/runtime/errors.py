@@ -5,6 +5,7 @@
     |-- AdapterNotFound         no adapter of that name (or revision)
     |-- AdapterExists           the name is taken by other content
     |-- AdapterLoading          its first load is under way          (retry)
+    |-- TaskMismatch            the adapter cannot do what is asked of it (it classifies, or it generates)
     |-- Draining                the server or the adapter is going   (retry)
     |-- QueueFull               too many requests wait               (retry)
     |-- AdapterMemoryExhausted  pins or use hold all of it           (retry)
@@ -42,6 +43,10 @@ class AdapterExists(RuntimeFailure):
 
 class AdapterLoading(RuntimeFailure):
     retry_after = 0.5
+
+
+class TaskMismatch(RuntimeFailure):
+    pass
 
 
 class Draining(RuntimeFailure):

@@ -13,6 +13,27 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
 
 
+class Readout(Enum):
+    """What a row that generates nothing gives of its final hidden states."""
+
+    SEQUENCE = "sequence"
+    """The adapter's head on the last token."""
+    TOKENS = "tokens"
+    """The adapter's head on every token."""
+    LAST = "last"
+    """The last token's state."""
+    MEAN = "mean"
+    """The sum of all tokens' states, to be divided by their number."""
+
+    @property
+    def of_every_token(self) -> bool:
+        return self in (Readout.TOKENS, Readout.MEAN)
+
+
+State = tuple[float, ...]
+"""A hidden state, or the logits of a head on one."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Temperature 0 is greedy. `seed` is always set here: the engine draws one where the caller did not."""

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from peftmux.adapters.methods import lora, loramoe, mixlora, prefix
+from peftmux.adapters.methods import head, lora, loramoe, mixlora, prefix
 from peftmux.adapters.methods.registry import Method
 
 METHODS: dict[str, Method] = {
-    method.peft_type: method for method in (lora.METHOD, loramoe.METHOD, mixlora.METHOD, prefix.METHOD)
+    method.peft_type: method
+    for method in (
+        head.METHOD,
+        lora.METHOD,
+        loramoe.METHOD,
+        mixlora.METHOD,
+        prefix.METHOD,
+    )
 }

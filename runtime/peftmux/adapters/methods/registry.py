@@ -39,3 +39,5 @@ class Method:
     """(config, shapes, base) -> Plan. Raises AdapterInvalid unless every tensor is used and every field honoured."""
     kinds: Callable[[BaseModel], tuple[str, ...]]
     """The kinds of adapter it can serve on a base, as METHOD on the command line."""
+    needs_head: bool = False
+    """Its files are refused unless a classification head stands in them."""

@@ -11,6 +11,7 @@ from peftmux.runtime.params import (
     FinishReason,
     OutputOptions,
     SamplingParams,
+    State,
     StoppingParams,
     TokenLogprob,
     Usage,
@@ -32,6 +33,8 @@ class GenerationRequest:
     """time.monotonic() seconds, or None."""
     stream: bool = True
     """False: one delta at the end, which spares the engine's interpreter a wake-up for every token."""
+    task: int | None = None
+    """Of a multi-task adapter, and of such only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,62 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    adapter_revision: str = ""
+    states: tuple[State, ...] = ()
+    """What a request that generates nothing has read, in its one delta."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationRequest:
+    """One prompt for an adapter with a classification head."""
+
+    prompt: tuple[int, ...]
+    adapter: str
+    task: int | None = None
+    priority: int = 0
+    deadline: float | None = None
+    """time.monotonic() seconds, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """One row for a sequence head; for a token head one for each token of the request."""
+
+    logits: tuple[State, ...]
+    probabilities: tuple[State, ...]
+    labels: tuple[str, ...]
+    """The likeliest name of each row."""
+    names: tuple[str, ...]
+    """Of the columns."""
+    usage: Usage
+    adapter_revision: str = ""
+
+
+class Pooling(Enum):
+    MEAN = "mean"
+    LAST = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """One prompt for its final hidden states, after the last norm, on the base or under an adapter."""
+
+    prompt: tuple[int, ...]
+    adapter: str = ""
+    pooling: Pooling = Pooling.MEAN
+    """Over the request's tokens: virtual ones are left out."""
+    normalize: bool = False
+    """To length 1."""
+    task: int | None = None
+    priority: int = 0
+    deadline: float | None = None
+    """time.monotonic() seconds, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    values: State
+    usage: Usage
     adapter_revision: str = ""
 
 
@@ -125,6 +184,12 @@ class AsyncEngine(Protocol):
         awaits it frees the row and its cache within one step. Consumed slowly, deltas merge: none is lost.
         """
         ...
+
+    async def classify(self, request: ClassificationRequest) -> Classification:
+        """TaskMismatch for an adapter without a head, and the base. Cancelling it frees the row."""
+        ...
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding: ...
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids with the tokenizer's special tokens."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 
 from peftmux.runtime.engine.api import GenerationRequest, ModelInfo
+from peftmux.runtime.engine.placement import Placed
 from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.params import OutputOptions, SamplingParams, StoppingParams
 
@@ -13,11 +14,28 @@ from peftmux.runtime.params import OutputOptions, SamplingParams, StoppingParams
 def check_request(request: GenerationRequest, info: ModelInfo) -> None:
     """InvalidRequest names the first bad field. Lengths are judged later, beside the adapter's virtual tokens."""
     vocabulary = info.vocabulary_size
-    _expect(bool(request.prompt), "input", "at least one prompt token", "none")
-    _in_vocabulary("input", request.prompt, vocabulary)
+    check_prompt(request.prompt, info)
     _check_sampling(request.sampling, vocabulary)
     _check_stopping(request.stopping, vocabulary)
     _check_output(request.output, vocabulary)
+
+
+def check_prompt(prompt: tuple[int, ...], info: ModelInfo) -> None:
+    """InvalidRequest for no tokens, or such that the model does not know."""
+    _expect(bool(prompt), "input", "at least one prompt token", "none")
+    _in_vocabulary("input", prompt, info.vocabulary_size)
+
+
+def check_task(request: GenerationRequest, placed: Placed) -> None:
+    """InvalidRequest unless a task is named exactly where the adapter has several, and is one of them."""
+    task, tasks = request.task, placed.tasks
+    expected = f"0 to {tasks - 1}, one of the adapter's tasks" if tasks else f"unset, {_who(request)} has no tasks"
+    got = "none" if task is None else task
+    _expect(0 <= task < tasks if task is not None else not tasks, "adapter_task", expected, got)
+
+
+def _who(request: GenerationRequest) -> str:
+    return f"adapter {request.adapter!r}" if request.adapter else "the base model"
 
 
 def _check_sampling(sampling: SamplingParams, vocabulary: int) -> None:

@@ -121,6 +121,7 @@ class EngineCore:
             fairness_key=active.adapter,
             arrival=active.submitted,
             active_from=active_from,
+            readout=active.readout,
         )
 
     def _check_queue(self) -> None:
@@ -145,11 +146,13 @@ class EngineCore:
     def _update(self, plan: StepPlan, result: StepResult, now: float) -> None:
         for planned, got in zip(plan.rows, result.rows, strict=True):
             if not got.answers(planned):
-                error = NotFinite("the model's logits for this request are not finite; it was ended")
+                error = NotFinite("the model's values for this request are not finite; it was ended")
                 self.abort(planned.row, error)
         for row in self.scheduler.update(result):
             active = self._requests[row.row]
             finish = active.accept(row)
+            if active.readout is not None and self.scheduler.is_read_out(row.row):
+                finish = FinishReason.STOP
             if row.token is not None:
                 self._note_token(active, now)
             if finish is not None:

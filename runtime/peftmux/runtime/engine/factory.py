@@ -118,6 +118,7 @@ def build_engine(
         thread,
         adapters,
         model.end_token_ids,
+        model.pad_token_id,
         loop or asyncio.get_running_loop(),
     )
     thread.start()

@@ -5,22 +5,37 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+from peftmux.runtime.engine import readout
 from peftmux.runtime.engine.adapters import AdapterManager
-from peftmux.runtime.engine.api import AdapterInfo, Delta, EngineStats, GenerationRequest, ModelInfo
-from peftmux.runtime.engine.checks import check_request
+from peftmux.runtime.engine.api import (
+    AdapterInfo,
+    Classification,
+    ClassificationRequest,
+    Delta,
+    Embedding,
+    EmbeddingRequest,
+    EngineStats,
+    GenerationRequest,
+    ModelInfo,
+)
+from peftmux.runtime.engine.checks import check_prompt, check_request, check_task
 from peftmux.runtime.engine.core import Deliveries, EngineCore, max_new_tokens
 from peftmux.runtime.engine.mailbox import Mailbox
-from peftmux.runtime.engine.placement import Placed
-from peftmux.runtime.engine.request import ActiveRequest
+from peftmux.runtime.engine.placement import BASE, Placed
+from peftmux.runtime.engine.request import ActiveRequest, NoText
 from peftmux.runtime.engine.text import Text
 from peftmux.runtime.engine.thread import EngineThread
 from peftmux.runtime.errors import DeadlineExceeded, Draining, EngineDead
+from peftmux.runtime.params import Readout
 from peftmux.runtime.residency.store import Revision
 
+Choice = Callable[[Placed], Readout | None]
+"""What a request reads under the adapter it names, or None to generate. TaskMismatch where that adapter cannot."""
 _POLL_SECONDS = 0.02
 
 
@@ -35,6 +50,7 @@ class LocalEngine:
         thread: EngineThread,
         adapters: AdapterManager,
         end_token_ids: Sequence[int],
+        pad_token_id: int | None,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._info = info
@@ -43,6 +59,7 @@ class LocalEngine:
         self._thread = thread
         self._adapters = adapters
         self._end_token_ids = frozenset(end_token_ids)
+        self._pad = pad_token_id
         self._loop = loop
         self._ids = itertools.count(1)
         self._open = 0
@@ -62,31 +79,68 @@ class LocalEngine:
         return self._text.pieces(ids)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        check_request(request, self._info)
+        mailbox = Mailbox()
+        active = self._start(request, mailbox, readout.of_generation)
+        with self._running(active, mailbox):
+            over = False
+            while not over:
+                delta = await mailbox.get()
+                over = delta.finish_reason is not None
+                yield delta
+
+    async def classify(self, request: ClassificationRequest) -> Classification:
+        check_prompt(request.prompt, self._info)
+        active, delta = await self._read(request, readout.of_classification)
+        assert active.revision is not None
+        return readout.classification(delta, active.revision.placement.labels, len(request.prompt))
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        check_prompt(request.prompt, self._info)
+        _, delta = await self._read(request, lambda placed: readout.of_embedding(request))
+        assert delta.usage is not None
+        return Embedding(readout.embedding(delta, request), delta.usage, delta.adapter_revision)
+
+    async def _read(
+        self, request: ClassificationRequest | EmbeddingRequest, choose: Choice
+    ) -> tuple[ActiveRequest, Delta]:
+        """Run a request that generates nothing."""
+        row = GenerationRequest(
+            request.prompt,
+            request.adapter,
+            priority=request.priority,
+            deadline=request.deadline,
+            stream=False,
+            task=request.task,
+        )
+        mailbox = Mailbox()
+        active = self._start(row, mailbox, choose)
+        with self._running(active, mailbox):
+            return active, await mailbox.get()
+
+    def _start(self, request: GenerationRequest, mailbox: Mailbox, choose: Choice) -> ActiveRequest:
+        """Lease its adapter and hand it to the engine's thread, or raise what it is refused with."""
         if self._draining:
             raise Draining("the server is shutting down")
-        check_request(request, self._info)
         revision = self._adapters.store.acquire(request.adapter) if request.adapter else None
-        mailbox = Mailbox()
         try:
-            active = self._activate(request, revision, mailbox)
+            active = self._activate(request, revision, mailbox, choose)
             self._thread.post(lambda: self._core.add(active))
         except BaseException:
             if revision is not None:
                 self._adapters.store.release(revision)
             raise
+        return active
+
+    @contextmanager
+    def _running(self, active: ActiveRequest, mailbox: Mailbox) -> Iterator[None]:
+        """However the block ends, the row and its cache are free within one step."""
         self._open += 1
-        done = False
         try:
-            while not done:
-                delta = await mailbox.get()
-                done = delta.finish_reason is not None
-                yield delta
-        except Exception:
-            done = True
-            raise
+            yield
         finally:
             self._open -= 1
-            if not done:
+            if not mailbox.over:
                 with suppress(EngineDead):  # then nothing is left to free
                     self._thread.post(lambda: self._core.abort(active.id))
 
@@ -149,18 +203,21 @@ class LocalEngine:
             self._loop.call_soon_threadsafe(_hand_out, deliveries)
 
     def _activate(
-        self, request: GenerationRequest, revision: Revision[Placed] | None, mailbox: Mailbox
+        self, request: GenerationRequest, revision: Revision[Placed] | None, mailbox: Mailbox, choose: Choice
     ) -> ActiveRequest:
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline has passed before the request could start")
-        prefix = revision.placement.prefix if revision else None
-        limit = max_new_tokens(
-            len(request.prompt),
-            prefix.length if prefix else 0,
-            request.stopping.max_tokens,
-            self._info.context_length,
-            self._core.scheduler.max_row_tokens(prefix),
-        )
+        placed = revision.placement if revision else BASE
+        check_task(request, placed)
+        reads = choose(placed)
+        virtual = placed.prefix.length if placed.prefix else 0
+        context, capacity = self._info.context_length, self._core.scheduler.max_row_tokens(placed.prefix)
+        if reads is not None:
+            readout.check_room(len(request.prompt), virtual, context, capacity)
+            if reads is Readout.SEQUENCE:
+                request = replace(request, prompt=readout.classified_part(request.prompt, self._pad))
+            return ActiveRequest(next(self._ids), request, revision, NoText(), frozenset(), 1, mailbox.put, reads)
+        limit = max_new_tokens(len(request.prompt), virtual, request.stopping.max_tokens, context, capacity)
         ends = frozenset(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
             ends |= self._end_token_ids

@@ -17,11 +17,15 @@ class Mailbox:
         self._delta: Delta | None = None
         self._failure: RuntimeFailure | None = None
         self._news = asyncio.Event()
+        self.over = False
+        """Nothing more comes: the request has ended."""
 
     def put(self, outcome: Outcome) -> None:
         if isinstance(outcome, RuntimeFailure):
             self._failure = outcome
+            self.over = True
         else:
+            self.over = outcome.finish_reason is not None
             self._delta = outcome if self._delta is None else _merge(self._delta, outcome)
         self._news.set()
 
@@ -44,4 +48,5 @@ def _merge(first: Delta, second: Delta) -> Delta:
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
         prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        states=first.states + second.states,
     )

@@ -11,7 +11,10 @@ from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import PagedCache, block_bytes
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sites import Site, SiteGroup
+from peftmux.runtime.params import Readout
 from peftmux.runtime.scheduler import PrefixBlocks, Scheduler
+
+_READOUTS = {"sequence": Readout.SEQUENCE, "token": Readout.TOKENS}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +42,12 @@ class Placed:
     size: int
     """Bytes on the device."""
     sites: tuple[Site, ...]
+    readout: Readout | None = None
+    """What its head reads; None for an adapter without one, which generates."""
+    labels: tuple[str, ...] = ()
+    """Of its head."""
+    tasks: int = 0
+    """Of a multi-task adapter; 0 for any other."""
 
     @property
     def position_offset(self) -> int:
@@ -80,6 +89,8 @@ def _prepare_sites(model: LoadedModel, lowered: LoweredAdapter) -> tuple[tuple[S
         for part in parts:
             site = model.places[type(part), name]
             sites.append((site, site.prepare(part)))
+    if lowered.parts.head is not None:
+        sites.append((model.heads, model.heads.prepare(lowered.parts.head)))
     return tuple(sites)
 
 
@@ -121,6 +132,7 @@ class DevicePlacement:
         if prefix is not None:
             blocks = self._scheduler.allocate_prefix(prefix.length, name)
             self._cache.write_prefix(blocks.blocks, prefix)
+        head = adapter.lowered.parts.head
         slot = self._free.pop() if self._free else self._next
         self._next = max(self._next, slot + 1)
         for site, prepared in adapter.sites:
@@ -134,6 +146,8 @@ class DevicePlacement:
             invocation=adapter.lowered.invocation,
             size=adapter.size,
             sites=tuple(site for site, _ in adapter.sites),
+            readout=None if head is None else _READOUTS[head.kind],
+            labels=() if head is None else head.labels,
         )
 
     def remove(self, placed: Placed) -> None:

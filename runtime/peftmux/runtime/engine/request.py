@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Protocol
 from peftmux.runtime.engine.api import Delta, GenerationRequest
 from peftmux.runtime.engine.placement import Placed
 from peftmux.runtime.errors import RuntimeFailure
-from peftmux.runtime.params import FinishReason, TokenLogprob, Usage
+from peftmux.runtime.params import FinishReason, Readout, State, TokenLogprob, Usage
 from peftmux.runtime.residency.store import Revision
 from peftmux.runtime.scheduler.plan import RowResult
 
@@ -49,6 +50,8 @@ class ActiveRequest:
     """Tokens that end it, stop tokens and (unless ignored) end tokens."""
     max_tokens: int
     sink: Sink
+    readout: Readout | None = None
+    """Set: it generates nothing, and gives its states in the one delta it has."""
     submitted: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
     last_token: float | None = None
@@ -58,6 +61,7 @@ class ActiveRequest:
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     _text: list[str] = field(default_factory=list)
+    _states: list[State] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.request.output.prompt_logprobs is not None:
@@ -70,6 +74,7 @@ class ActiveRequest:
     def accept(self, result: RowResult) -> FinishReason | None:
         """Take in what a step gave this row; the reason if that ended it."""
         self._prompt_logprobs += result.prompt_logprobs
+        self._read(result.states)
         token = result.token
         if token is None:
             return None
@@ -83,6 +88,12 @@ class ActiveRequest:
         if stopped or token in self.ends:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.generated >= self.max_tokens else None
+
+    def _read(self, states: tuple[State, ...]) -> None:
+        """Chunks of one prompt come one after the other: their sums are summed, in float64."""
+        if self.readout is Readout.MEAN and self._states and states:
+            states = (tuple(map(operator.add, self._states.pop(), states[0])),)
+        self._states += states
 
     @property
     def has_news(self) -> bool:
@@ -102,6 +113,7 @@ class ActiveRequest:
             finish_reason=finish,
             usage=usage,
             adapter_revision=self.revision.digest if self.revision else "",
+            states=tuple(self._states),
         )
         self._ids, self._logprobs, self._prompt_logprobs, self._text = [], [], [], []
         return delta

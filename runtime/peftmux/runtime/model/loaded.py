@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, ParameterSite
 from peftmux.adapters.experts import parameter_names
+from peftmux.kernels.head import HeadSite
 from peftmux.runtime.model.discover import AttentionLayer
 from peftmux.runtime.model.sites import Site, SiteRef
+from peftmux.runtime.model.states import StateTap
 from peftmux.runtime.model.step import StepInputs, StepState
 from peftmux.runtime.model.swaps import Swapper
 
@@ -77,6 +79,8 @@ class LoadedModel:
         self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
         self.step = step
         self.context_length = context_length
+        self.heads = HeadSite(module.device)
+        self._tap = StateTap(module)
         self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
 
     @property
@@ -123,6 +127,10 @@ class LoadedModel:
     def vocab_size(self) -> int:
         return int(self.module.config.get_text_config().vocab_size)
 
+    @property
+    def state_width(self) -> int:
+        return self._tap.width
+
     @cached_property
     def linear_sites(self) -> Mapping[str, LinearSite]:
         return {name: ref.site for name, ref in self.sites.items()}
@@ -141,6 +149,12 @@ class LoadedModel:
         ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
         return tuple(i for i in ids if 0 <= i < self.vocab_size)
 
+    @cached_property
+    def pad_token_id(self) -> int | None:
+        """Of the model's config, which transformers' classifiers go by."""
+        pad = getattr(self.module.config.get_text_config(), "pad_token_id", None)
+        return pad if isinstance(pad, int) else None
+
     def weight(self, site: str) -> Tensor:
         return self.sites[site].weight()
 
@@ -155,8 +169,14 @@ class LoadedModel:
     def forward(self, inputs: StepInputs) -> Tensor:
         """Logits [S, V] of the kept tokens, in the model's dtype; writes the step's keys and values to the cache."""
         self.step.set(inputs)
+        self._tap.wanted = inputs.states is not None
         keep = {"logits_to_keep": inputs.keep} if self._keeps_logits else {}
         logits: Tensor = self.module(
             input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False, **keep
         ).logits[0]
         return logits if self._keeps_logits else logits.index_select(0, inputs.keep)
+
+    def states(self, inputs: StepInputs) -> Tensor:
+        """[N, state_width]: the final hidden states of `inputs.states`, of the forward that has just run."""
+        assert inputs.states is not None, "the step reads no states"
+        return self._tap.take(inputs.states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.model.cache import PagedCache
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sampler import prompt_logprobs, sample
+from peftmux.runtime.model.states import read_out
 from peftmux.runtime.model.step import StepInputs, index_tensor
-from peftmux.runtime.params import TokenLogprob
+from peftmux.runtime.params import State, TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan, RowResult, StepPlan, StepResult
 
 
@@ -27,8 +28,12 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         self.cache.copy(plan.copies)
-        logits = self.model.forward(self._inputs(plan.rows))
-        return StepResult(_results(plan.rows, logits))
+        inputs = self._inputs(plan.rows)
+        logits = self.model.forward(inputs)
+        states: Mapping[int, tuple[State, ...]] = {}
+        if inputs.states is not None:
+            states = read_out(self.model.states(inputs), plan.rows, self.model.heads)
+        return StepResult(_results(plan.rows, logits, states))
 
     def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
         device = self.model.device
@@ -36,6 +41,7 @@ class Runner:
         positions: list[int] = []
         cache_slots: list[int] = []
         keep: list[int] = []
+        read: list[int] = []
         tokens, kept = _Runs(), _Runs()
         for row in rows:
             first, stop = len(ids), row.start + len(row.tokens)
@@ -44,6 +50,7 @@ class Runner:
             cache_slots += self.cache.slots(row.blocks, row.start, stop)
             predicting = _predicting(row)
             keep += [first + i for i in predicting]
+            read += [first + i for i in row.reads]
             passive = row.active_from - row.start
             tokens.add(row.slot, passive, len(row.tokens))
             kept.add(row.slot, sum(i < passive for i in predicting) if passive > 0 else 0, len(predicting))
@@ -58,6 +65,7 @@ class Runner:
             segments=Segments.build(tokens.slots, tokens.lens, device),
             keep=index_tensor(keep, device),
             kept=Segments.build(kept.slots, kept.lens, device),
+            states=index_tensor(read, device) if read else None,
         )
 
 
@@ -87,8 +95,8 @@ def _predicting(row: RowPlan) -> list[int]:
     return indices
 
 
-def _results(rows: Sequence[RowPlan], logits: Tensor) -> tuple[RowResult, ...]:
-    """logits: [S, V], the rows' predicting tokens in order."""
+def _results(rows: Sequence[RowPlan], logits: Tensor, states: Mapping[int, tuple[State, ...]]) -> tuple[RowResult, ...]:
+    """logits: [S, V], the rows' predicting tokens in order; states: by row."""
     sampling = [row for row in rows if row.samples]
     prompts: dict[int, tuple[TokenLogprob, ...]] = {}
     drawn_from: list[int] = []
@@ -107,5 +115,5 @@ def _results(rows: Sequence[RowPlan], logits: Tensor) -> tuple[RowResult, ...]:
     results = []
     for row in rows:
         token, logprob = drawn.get(row.row, (None, None))
-        results.append(RowResult(row.row, token, logprob, prompts.get(row.row, ())))
+        results.append(RowResult(row.row, token, logprob, prompts.get(row.row, ()), states.get(row.row, ())))
     return tuple(results)

@@ -28,6 +28,8 @@ class StepInputs:
     """[S] int64: tokens whose logits are needed."""
     kept: Segments
     """Adapters of the S tokens, for the output projection."""
+    states: Tensor | None = None
+    """[N] int64: tokens whose final hidden states are read; None where nobody reads any."""
 
 
 class StepState:

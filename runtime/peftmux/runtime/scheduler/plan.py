@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftmux.runtime.params import OutputOptions, SamplingParams, TokenLogprob
+from peftmux.runtime.params import OutputOptions, Readout, SamplingParams, State, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,26 @@ class RowPlan:
     """How many of `history` are the prompt's."""
     active_from: int = 0
     """Cache position from which the slot's adapter applies; before it the base model runs."""
+    readout: Readout | None = None
+    """Of a row that never samples."""
+    read_from: int = 0
+    """With `readout`: the first of `tokens` whose final hidden state is read; len(tokens) where none is."""
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Indices of the tokens whose hidden states are read. Of every token means: of every real one."""
+        if self.readout is None:
+            return ()
+        indices = range(self.read_from, len(self.tokens))
+        if not self.readout.of_every_token:
+            return tuple(indices)
+        return tuple([i for i in indices if self.tokens[i] >= 0])
+
+    @property
+    def num_states(self) -> int:
+        """How many states the step's result has for this row."""
+        reads = len(self.reads)
+        return min(reads, 1) if self.readout is Readout.MEAN else reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +82,21 @@ class StepPlan:
 class RowResult:
     row: int
     token: int | None
-    """None where the row's prefill goes on."""
+    """None where the row's prefill goes on, and in rows with a readout."""
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt tokens named in next_tokens."""
+    states: tuple[State, ...] = ()
+    """What the readout gives of this step's tokens: logits of each, the last one's state, or one sum of states."""
 
     def answers(self, plan: RowPlan) -> bool:
-        """False: something that the plan asked for is missing, because the row's logits were not finite.
+        """False: something that the plan asked for is missing, because the row's values were not finite.
 
         Such a row has not moved in the scheduler; the engine ends it.
         """
         missing = plan.samples and self.token is None
+        if plan.readout is not None:
+            return len(self.states) == plan.num_states
         return not missing and len(self.prompt_logprobs) == len(plan.next_tokens)
 
 

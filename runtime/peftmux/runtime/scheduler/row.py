@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peftmux.runtime.params import OutputOptions, SamplingParams
+from peftmux.runtime.params import OutputOptions, Readout, SamplingParams
 from peftmux.runtime.scheduler.keys import BlockKey, block_key, root_digest
 from peftmux.runtime.scheduler.plan import RowPlan
 
@@ -55,6 +55,8 @@ class NewRow:
     """Seconds on any one clock; earlier goes first inside a fairness key."""
     active_from: int = 0
     """Cache position from which the slot's adapter applies; the salt names it too, since it changes the cache."""
+    readout: Readout | None = None
+    """Set: the row generates nothing, and ends when its last token is computed."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -115,8 +117,8 @@ class Row:
         self.order: tuple[int, int] | None = None
         """(-priority, number of first admission); set once, so that a preempted row keeps its seniority."""
         self.cached_tokens = 0
-        self.next_reported = self.num_virtual if new.output.prompt_logprobs is not None else self.prompt_end
-        """The first position whose prediction of a prompt token has not been reported (see `is_reporting`)."""
+        self.next_reported = self._first_reported()
+        """The first position whose prediction of a prompt token, or hidden state, has not been reported."""
         sampling = new.sampling
         self.wants_history = (
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
@@ -125,6 +127,11 @@ class Row:
         self._root = root_digest(new.salt, new.position_offset)
         self._keys: list[BlockKey] = []
         self._table: tuple[int, ...] = ()
+
+    def _first_reported(self) -> int:
+        if self.new.readout is not None:
+            return self.num_virtual if self.new.readout.of_every_token else self.prompt_end - 1
+        return self.num_virtual if self.new.output.prompt_logprobs is not None else self.prompt_end
 
     @property
     def num_shared(self) -> int:
@@ -142,12 +149,16 @@ class Row:
     @property
     def is_reporting(self) -> bool:
         """Log-probabilities of prompt tokens are still to come. The last prompt token predicts none of them."""
-        return self.next_reported < self.prompt_end - 1
+        return self.new.readout is None and self.next_reported < self.prompt_end - 1
+
+    @property
+    def is_read_out(self) -> bool:
+        return self.new.readout is not None and self.num_computed == len(self.tokens)
 
     @property
     def num_readable(self) -> int:
-        """Leading tokens that need not be computed if the cache has them: their logits are wanted by nobody."""
-        if self.is_reporting:
+        """Leading tokens that need not be computed if the cache has them: nobody wants their logits or states."""
+        if self.is_reporting or self.new.readout is not None:
             return self.next_reported
         return len(self.tokens) - 1
 
@@ -179,7 +190,7 @@ class Row:
             start,
             new.position_offset,
             self._blocks_until(end),
-            end == len(tokens),
+            end == len(tokens) and new.readout is None,
             len(tokens) - self.prompt_end,
             new.sampling,
             new.output,
@@ -189,6 +200,8 @@ class Row:
             tuple(tokens[self.num_virtual :]) if self.wants_history else (),
             len(new.prompt),
             new.active_from,
+            new.readout,
+            count if new.readout is None else min(max(self.next_reported - start, 0), count),
         )
 
     def _blocks_until(self, end: int) -> tuple[int, ...]:

@@ -90,6 +90,10 @@ class Scheduler:
         """Prompt tokens that the cache held when the row was first admitted; virtual ones are not counted."""
         return self._rows[row_id].cached_tokens
 
+    def is_read_out(self, row_id: int) -> bool:
+        """Every token of a row with a readout is computed: the engine finishes it."""
+        return self._rows[row_id].is_read_out
+
     def max_row_tokens(self, prefix: PrefixBlocks | None = None) -> int:
         """The most tokens (virtual, prompt and generated) that one row can hold. The last is never computed."""
         own = self._pool.num_usable - sum(len(held.prefix.blocks) for held in self._prefixes.values())
@@ -273,8 +277,9 @@ class Scheduler:
     def update(self, result: StepResult) -> tuple[RowResult, ...]:
         """Take in the step that `plan` returned last.
 
-        Returns the results of rows that are still there and have a new token or log-probabilities of prompt tokens; the
-        new tokens are in the rows. A row whose result does not answer its plan has not moved: the engine ends it.
+        Returns the results of rows that are still there and have a new token, log-probabilities of prompt tokens or
+        states, or are read out; the new tokens are in the rows. A row whose result does not answer its plan has not
+        moved: the engine ends it.
         """
         step, self._step = self._step, ()
         assert len(step) == len(result.rows), f"{len(step)} rows planned, {len(result.rows)} results"
@@ -285,14 +290,17 @@ class Scheduler:
             if row is None or not row.blocks or not got.answers(planned):
                 continue
             self._advance(row, planned, got.token)
-            if got.token is not None or got.prompt_logprobs:
+            if got.token is not None or got.prompt_logprobs or got.states or row.is_read_out:
                 news.append(got)
         return tuple(news)
 
     def _advance(self, row: Row, planned: RowPlan, token: int | None) -> None:
         row.copy = None
         row.num_computed = planned.start + len(planned.tokens)
-        row.next_reported += len(planned.next_tokens)
+        if planned.readout is None:
+            row.next_reported += len(planned.next_tokens)
+        else:
+            row.next_reported += len(planned.tokens) - planned.read_from
         if self._pool.prefix_caching and row.num_computed // self.block_size > row.num_registered:
             self._register(row)
         if token is not None:

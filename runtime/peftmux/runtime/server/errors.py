@@ -68,6 +68,7 @@ TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     runtime.AdapterNotFound: (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND"),
     runtime.AdapterExists: (grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_EXISTS"),
     runtime.AdapterLoading: (grpc.StatusCode.UNAVAILABLE, "ADAPTER_LOADING"),
+    runtime.TaskMismatch: (grpc.StatusCode.FAILED_PRECONDITION, "TASK_MISMATCH"),
     runtime.Draining: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     runtime.QueueFull: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     runtime.AdapterMemoryExhausted: (grpc.StatusCode.RESOURCE_EXHAUSTED, "ADAPTER_MEMORY_EXHAUSTED"),

@@ -1,15 +1,15 @@
-"""InferenceService: generation on the base model and on any loaded adapter."""
+"""InferenceService: generation, classification and embedding on the base model and on any loaded adapter."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, cast
 
-from peftmux.runtime.engine.api import AsyncEngine, Delta, GenerationRequest
+from peftmux.runtime.engine.api import AsyncEngine, ClassificationRequest, Delta, EmbeddingRequest, GenerationRequest
+from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.server import requests, responses
-from peftmux.runtime.server.errors import InvalidFields, NotOffered
 from peftmux.runtime.server.guard import Write
 from peftmux.runtime.server.pace import Pace
 from peftmux.v1 import inference_pb2 as pb
@@ -37,12 +37,12 @@ class InferenceService:
 
     async def generate(self, message: pb.GenerateRequest, deadline: float | None) -> pb.GenerateResponse:
         request = await self._request(message, deadline, stream=False)
-        async with self._deltas(request) as stream:
+        async with self._deltas(request, message) as stream:
             return responses.unary_message([delta async for delta in stream])
 
     async def generate_stream(self, message: pb.GenerateStreamRequest, deadline: float | None, write: Write) -> None:
         request = await self._request(message, deadline, stream=True)
-        async with self._deltas(request) as stream:
+        async with self._deltas(request, message) as stream:
             async for delta in stream:
                 await write(responses.stream_message(delta))
                 if delta.finish_reason is None:
@@ -56,19 +56,33 @@ class InferenceService:
         return responses.model(self._engine.info)
 
     async def classify(self, message: pb.ClassifyRequest, deadline: float | None) -> pb.ClassifyResponse:
-        raise NotOffered("Classify is not offered by this server: it serves no adapter with a classification head")
+        requests.check_readout(message, self._engine.info)
+        prompt = await self._prompt(message)
+        requests.check_readout_length(message, prompt, self._engine.info)
+        request = ClassificationRequest(prompt, message.adapter, requests.task_of(message), deadline=deadline)
+        with _named_input(message):
+            return responses.classification(await self._engine.classify(request))
 
     async def embed(self, message: pb.EmbedRequest, deadline: float | None) -> pb.EmbedResponse:
-        raise NotOffered("Embed is not offered by this server")
+        requests.check_readout(message, self._engine.info)
+        prompt = await self._prompt(message)
+        requests.check_readout_length(message, prompt, self._engine.info)
+        pooling = requests.POOLINGS[message.pooling]
+        request = EmbeddingRequest(prompt, message.adapter, pooling, message.normalize, deadline=deadline)
+        with _named_input(message):
+            return responses.embedding(await self._engine.embed(request))
 
     @asynccontextmanager
-    async def _deltas(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Delta]]:
+    async def _deltas(
+        self, request: GenerationRequest, message: requests.GenerationMessage
+    ) -> AsyncIterator[AsyncIterator[Delta]]:
         """The engine's iterator, counted while it runs and closed however the call ends: closing frees the row."""
         deltas = cast("AsyncGenerator[Delta]", self._engine.generate(request))
         self._pace.active += 1
         try:
-            async with aclosing(deltas):
-                yield deltas
+            with _named_input(message):
+                async with aclosing(deltas):
+                    yield deltas
         finally:
             self._pace.active -= 1
 
@@ -77,7 +91,6 @@ class InferenceService:
     ) -> GenerationRequest:
         info = self._engine.info
         sampling, stopping, output = requests.check_generation(message, info)
-        self._check_task(message)
         prompt = await self._prompt(message)
         requests.check_lengths(message, prompt, info)
         return GenerationRequest(
@@ -89,20 +102,13 @@ class InferenceService:
             priority=message.priority,
             deadline=deadline,
             stream=stream,
+            task=requests.task_of(message),
         )
 
-    def _check_task(self, message: requests.GenerationMessage) -> None:
-        """No kind of adapter that is served now has tasks."""
-        if message.HasField("adapter_task"):
-            kind = self._engine.get_adapter(message.adapter.partition("@")[0]).kind
-            expected = f"expected unset for {message.adapter!r}, a {kind or 'loading'} adapter without tasks"
-            raise InvalidFields((("adapter_task", f"{expected}, got {message.adapter_task}"),))
-
-    async def _prompt(self, message: requests.GenerationMessage) -> tuple[int, ...]:
-        kind = message.WhichOneof("input")
-        if kind == "token_ids":
+    async def _prompt(self, message: requests.PromptMessage) -> tuple[int, ...]:
+        if message.WhichOneof("input") == "token_ids":
             return tuple(message.token_ids.ids)
-        if kind == "text":
+        if not isinstance(message, requests.GenerationMessage) or message.WhichOneof("input") == "text":
             return await self._encode(message.text)
         turns = [(turn.role, turn.content) for turn in message.chat.messages]
         if sum(len(content) for _, content in turns) < _LONG_TEXT:
@@ -113,3 +119,14 @@ class InferenceService:
         if len(text) < _LONG_TEXT:
             return self._engine.encode(text)
         return await asyncio.to_thread(self._engine.encode, text)
+
+
+@contextmanager
+def _named_input(message: requests.PromptMessage) -> Iterator[None]:
+    """What the engine says of its `input` is about the field that the request has set."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.field != "input":
+            raise
+        raise InvalidRequest(message.WhichOneof("input") or "input", str(error)) from None

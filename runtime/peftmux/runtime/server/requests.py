@@ -7,18 +7,27 @@ import secrets
 from collections.abc import Sequence
 
 from peftmux.adapters.source import valid_name
-from peftmux.runtime.engine.api import ModelInfo
+from peftmux.runtime.engine.api import ModelInfo, Pooling
 from peftmux.runtime.params import OutputOptions, SamplingParams, StoppingParams
 from peftmux.runtime.server.errors import InvalidFields, NotOffered, Violation
 from peftmux.v1 import inference_pb2
 
 GenerationMessage = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+ReadoutMessage = inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest
+PromptMessage = GenerationMessage | ReadoutMessage
 
 MAX_ALTERNATIVES = 100
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 NAME_RULE = "parts of up to 128 letters, digits, '.', '_', '-' that begin with a letter or digit, at most two with '/'"
+
+
+POOLINGS = {
+    inference_pb2.POOLING_UNSPECIFIED: Pooling.MEAN,
+    inference_pb2.POOLING_MEAN: Pooling.MEAN,
+    inference_pb2.POOLING_LAST: Pooling.LAST,
+}
 
 
 class Checks:
@@ -41,12 +50,20 @@ def check_name(checks: Checks, field: str, name: str) -> None:
     checks.expect(valid_name(name), field, f"a name of {NAME_RULE}", repr(name))
 
 
+def task_of(message: PromptMessage) -> int | None:
+    """Which task of a multi-task adapter; None where the request names none, or cannot."""
+    if isinstance(message, inference_pb2.EmbedRequest) or not message.HasField("adapter_task"):
+        return None
+    return message.adapter_task
+
+
 def check_generation(
     message: GenerationMessage, info: ModelInfo
 ) -> tuple[SamplingParams, StoppingParams, OutputOptions]:
     """Check every field that needs no tokenizer. Raises InvalidFields, or NotOffered for a weighted sum of adapters."""
     checks = Checks()
     _check_adapter(checks, message)
+    _check_adapters(checks, message)
     _check_input(checks, message, info)
     values = (
         _sampling(checks, message.sampling, info),
@@ -57,6 +74,27 @@ def check_generation(
     if message.adapters:
         raise NotOffered("adapters: a weighted sum of adapters is not offered by this server; name one in `adapter`")
     return values
+
+
+def check_readout(message: ReadoutMessage, info: ModelInfo) -> None:
+    """Check every field of a Classify or Embed request that needs no tokenizer. Raises InvalidFields."""
+    checks = Checks()
+    _check_adapter(checks, message)
+    _check_input(checks, message, info)
+    if isinstance(message, inference_pb2.EmbedRequest):
+        known = message.pooling in POOLINGS
+        checks.expect(known, "pooling", "unset, POOLING_MEAN or POOLING_LAST", message.pooling)
+    checks.done()
+
+
+def check_readout_length(message: ReadoutMessage, prompt: Sequence[int], info: ModelInfo) -> None:
+    """The prompt fits the context. The engine counts virtual tokens on top of this."""
+    checks = Checks()
+    kind = message.WhichOneof("input") or "input"
+    checks.expect(len(prompt) > 0, kind, "at least one token", "an input that encodes to none")
+    expected = f"at most the context of {info.context_length} tokens"
+    checks.expect(len(prompt) <= info.context_length, kind, expected, f"{len(prompt)} tokens")
+    checks.done()
 
 
 def check_lengths(message: GenerationMessage, prompt: Sequence[int], info: ModelInfo) -> None:
@@ -79,31 +117,36 @@ def check_lengths(message: GenerationMessage, prompt: Sequence[int], info: Model
     checks.done()
 
 
-def _check_adapter(checks: Checks, message: GenerationMessage) -> None:
+def _check_adapter(checks: Checks, message: PromptMessage) -> None:
     if message.adapter:
         name, at, revision = message.adapter.partition("@")
         good = valid_name(name) and bool(revision or not at)
         checks.expect(good, "adapter", f"'' or name or name@revision, a name of {NAME_RULE}", repr(message.adapter))
+    task = task_of(message)
+    if task is not None and not message.adapter:
+        checks.expect(False, "adapter_task", "unset for the base model, which has no tasks", task)
+
+
+def _check_adapters(checks: Checks, message: GenerationMessage) -> None:
     both = bool(message.adapter) and len(message.adapters) > 0
     checks.expect(not both, "adapters", "either `adapter` or `adapters`", "both")
-    if message.HasField("adapter_task") and not message.adapter:
-        checks.expect(False, "adapter_task", "unset for the base model, which has no tasks", message.adapter_task)
     for index, weighted in enumerate(message.adapters):
         check_name(checks, f"adapters[{index}].adapter", weighted.adapter)
         _finite(checks, f"adapters[{index}].weight", weighted.weight)
 
 
-def _check_input(checks: Checks, message: GenerationMessage, info: ModelInfo) -> None:
+def _check_input(checks: Checks, message: PromptMessage, info: ModelInfo) -> None:
     kind = message.WhichOneof("input")
     if kind is None:
-        checks.expect(False, "input", "one of text, token_ids, chat", "none")
+        kinds = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields)
+        checks.expect(False, "input", f"one of {kinds}", "none")
     elif kind == "text":
         checks.expect(bool(message.text), "text", "at least one character", "an empty text")
     elif kind == "token_ids":
         ids = message.token_ids.ids
         checks.expect(len(ids) > 0, "token_ids.ids", "at least one token id", "none")
         _in_vocabulary(checks, "token_ids.ids", ids, info)
-    else:
+    elif isinstance(message, GenerationMessage):
         messages = message.chat.messages
         checks.expect(len(messages) > 0, "chat.messages", "at least one message", "none")
         for index, turn in enumerate(messages):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peftmux.runtime.engine.api import AdapterInfo, AdapterState, Delta, ModelInfo, ResidencyLevel
+from peftmux.runtime.engine.api import (
+    AdapterInfo,
+    AdapterState,
+    Classification,
+    Delta,
+    Embedding,
+    ModelInfo,
+    ResidencyLevel,
+)
 from peftmux.runtime.params import FinishReason, TokenLogprob, Usage
 from peftmux.v1 import adapters_pb2, inference_pb2
 
@@ -61,6 +69,25 @@ def unary_message(deltas: Iterable[Delta]) -> inference_pb2.GenerateResponse:
             message.usage.CopyFrom(usage(delta.usage))
     message.text = "".join(texts)
     return message
+
+
+def classification(value: Classification) -> inference_pb2.ClassifyResponse:
+    rows = zip(value.logits, value.probabilities, value.labels, strict=True)
+    return inference_pb2.ClassifyResponse(
+        rows=[
+            inference_pb2.ClassifyRow(logits=logits, probabilities=probabilities, label=label)
+            for logits, probabilities, label in rows
+        ],
+        labels=value.names,
+        usage=usage(value.usage),
+        adapter_revision=value.adapter_revision,
+    )
+
+
+def embedding(value: Embedding) -> inference_pb2.EmbedResponse:
+    return inference_pb2.EmbedResponse(
+        embedding=value.values, usage=usage(value.usage), adapter_revision=value.adapter_revision
+    )
 
 
 def logprobs(values: Iterable[TokenLogprob]) -> list[inference_pb2.TokenLogprob]:
