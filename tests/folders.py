@@ -93,7 +93,7 @@ REFUSED = {
     "peft/llama/trainable_tokens": ("UNSUPPORTED_METHOD", "TRAINABLE_TOKENS"),
     "peft/llama/vera": ("UNSUPPORTED_METHOD", "VERA"),
     "peft/llama/vera_noproj": ("UNSUPPORTED_METHOD", "VERA"),
-    "peft/llama/xlora": ("UNSUPPORTED_METHOD", "XLORA"),
+    "peft/llama/xlora": ("MISSING_TENSOR", "classifier.layers.0.weight"),
     "peft/qwen2/ia3": ("UNSUPPORTED_METHOD", "IA3"),
     "peft/qwen2/prompt_random": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
 }

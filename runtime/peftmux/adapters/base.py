@@ -100,6 +100,11 @@ class BaseModel(Protocol):
         ...
 
     @property
+    def shows_hidden_state(self) -> bool:
+        """Whether the decoder's output is the last hidden state that transformers reports."""
+        ...
+
+    @property
     def kv_shapes(self) -> Sequence[KVShape]: ...
     def weight(self, site: str) -> Tensor:
         """The base weight of a linear site, [out, in], in the base's dtype."""

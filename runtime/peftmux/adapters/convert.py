@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftmux.adapters.convert_xlora import gather_xlora
 from peftmux.adapters.errors import AdapterInvalid, Reason, SourceNotFound
 from peftmux.adapters.files import CONFIG_FILE, parse_config
 from peftmux.adapters.writer import write_adapter
@@ -18,19 +19,28 @@ PICKLE_FILE = "adapter_model.bin"
 def convert_adapter(source: str | Path, destination: str | Path) -> str:
     """Write PEFT's two files of a folder whose tensors are in adapter_model.bin; returns the content's digest.
 
-    The pickle is opened by torch's restricted loader, which builds tensors and plain containers only. Raises
-    SourceNotFound, and AdapterInvalid where the folder is not such an adapter or the pickle holds anything else.
+    An X-LoRA folder is gathered from its pieces instead (`convert_xlora`). The pickle is opened by torch's restricted
+    loader, which builds tensors and plain containers only. Raises SourceNotFound, and AdapterInvalid where the folder
+    is not such an adapter or the pickle holds anything else.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
         raise SourceNotFound(f"no adapter folder {str(source)!r}")
-    for name in (CONFIG_FILE, PICKLE_FILE):
+    xlora = _is_xlora(source)
+    for name in (CONFIG_FILE, *(() if xlora else (PICKLE_FILE,))):
         if not (source / name).is_file():
             raise AdapterInvalid(Reason.MISSING_FILE, f"expected {CONFIG_FILE} and {PICKLE_FILE}, found no {name}")
     if destination.exists() and any(destination.iterdir()):
         raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {destination}")
     config = parse_config((source / CONFIG_FILE).read_bytes())
+    if xlora:
+        return write_adapter(destination, *gather_xlora(source, config))
     return write_adapter(destination, config, _tensors(source / PICKLE_FILE))
+
+
+def _is_xlora(folder: Path) -> bool:
+    config = folder / CONFIG_FILE
+    return config.is_file() and parse_config(config.read_bytes()).get("peft_type") == "XLORA"
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -12,9 +12,12 @@ from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.head import Head
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.kernels.mixture import MixturePart
+from peftmux.kernels.routed import RoutedPart, ShareRule
 from peftmux.kernels.rows import ReplacedRows
 
 __all__ = [
+    "FIRST_PASS",
+    "ClassifierPart",
     "EmbeddingPart",
     "ExpertsPart",
     "Head",
@@ -25,10 +28,23 @@ __all__ = [
     "Part",
     "Parts",
     "ReplacedRows",
+    "RoutedPart",
     "RouterPart",
 ]
 
-Part = ReplacedRows | EmbeddingPart | ExpertsPart | RouterPart | MixturePart
+FIRST_PASS = "(first pass)"
+"""The place of a ClassifierPart."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierPart:
+    """Makes the shares of `RoutedPart`s of the base's last hidden state. layers: (weight, bias) of a perceptron."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    rule: ShareRule
+
+
+Part = ReplacedRows | EmbeddingPart | ExpertsPart | RouterPart | MixturePart | RoutedPart | ClassifierPart
 """What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 
 
@@ -100,7 +116,7 @@ class LoweredAdapter:
     @property
     def ranks(self) -> tuple[int, int]:
         """(smallest, largest) rank over the places with a low-rank term; (0, 0) where there are none."""
-        low_rank_kinds = LinearPart | EmbeddingPart | ExpertsPart | RouterPart | MixturePart
+        low_rank_kinds = LinearPart | EmbeddingPart | ExpertsPart | RouterPart | MixturePart | RoutedPart
         ranks = [part.rank for _, part in self.parts.placed() if isinstance(part, low_rank_kinds)]
         low_rank = [rank for rank in ranks if rank]
         return (min(low_rank), max(low_rank)) if low_rank else (0, 0)

@@ -86,6 +86,10 @@ class TorchBase:
             return False
         return self.weight(self.head).data_ptr() == self.embedding_weight().data_ptr()
 
+    @property
+    def shows_hidden_state(self) -> bool:
+        return True
+
     @cached_property
     def kv_shapes(self) -> Sequence[KVShape]:
         """As the model fills its own cache for one token: right for every architecture, also where layers differ."""

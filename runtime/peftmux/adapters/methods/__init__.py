@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftmux.adapters.methods import head, lora, loramoe, mixlora, prefix
+from peftmux.adapters.methods import head, lora, loramoe, mixlora, prefix, xlora
 from peftmux.adapters.methods.registry import Method
 
 METHODS: dict[str, Method] = {
@@ -13,5 +13,6 @@ METHODS: dict[str, Method] = {
         loramoe.METHOD,
         mixlora.METHOD,
         prefix.METHOD,
+        xlora.METHOD,
     )
 }

@@ -21,20 +21,24 @@ def block_bytes(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) 
 
 
 class PagedCache:
-    """Allocates the cache and attaches it to the model's attention modules, replacing an earlier one."""
+    """Allocates the cache; `attach` makes it the one that the model's attention modules use."""
 
     def __init__(self, model: LoadedModel, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._modules = [layer.module for layer in model.layers]
         self._layers: list[PagedLayer] = []
         path = choose_attention(model.device, model.dtype)
         for layer in model.layers:
             head = (num_blocks, block_size, layer.kv.kv_heads)
             k = torch.zeros(*head, layer.kv.key_dim, dtype=model.dtype, device=model.device)
             v = torch.zeros(*head, layer.kv.value_dim, dtype=model.dtype, device=model.device)
-            paged = PagedLayer(k, v, model.step, path)
-            layer.module.paged = paged  # type: ignore[assignment]
-            self._layers.append(paged)
+            self._layers.append(PagedLayer(k, v, model.step, path))
+
+    def attach(self) -> None:
+        """Replace the cache that the modules have used before."""
+        for module, paged in zip(self._modules, self._layers, strict=True):
+            module.paged = paged  # type: ignore[assignment]
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer."""

@@ -15,6 +15,7 @@ from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, Paramete
 from peftmux.adapters.experts import parameter_names
 from peftmux.kernels.head import HeadSite
 from peftmux.runtime.model.discover import AttentionLayer
+from peftmux.runtime.model.first_pass import shows_its_hidden_state
 from peftmux.runtime.model.sites import Site, SiteRef
 from peftmux.runtime.model.states import StateTap
 from peftmux.runtime.model.step import StepInputs, StepState
@@ -34,6 +35,8 @@ class Anatomy:
     """Path of the output projection where it is a plain linear layer."""
     tied: bool
     """The head's weight is the input embedding's."""
+    shows_hidden_state: bool
+    """The decoder's output is the last hidden state."""
 
     @classmethod
     def of(cls, module: PreTrainedModel) -> Anatomy:
@@ -47,6 +50,7 @@ class Anatomy:
             embedding=paths[id(table)] if plain_table else "",
             head=paths[id(head)] if plain_head else None,
             tied=plain_table and plain_head and head.weight is table.weight,
+            shows_hidden_state=shows_its_hidden_state(module),
         )
 
 
@@ -77,6 +81,7 @@ class LoadedModel:
         """By type of part and name of place."""
         self.feed_forwards: Mapping[str, FeedForwardSite] = swapped.feed_forwards
         self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
+        self.first_pass = swapped.first_pass
         self.step = step
         self.context_length = context_length
         self.heads = HeadSite(module.device)
@@ -118,6 +123,10 @@ class LoadedModel:
     @property
     def tied(self) -> bool:
         return self.anatomy.tied
+
+    @property
+    def shows_hidden_state(self) -> bool:
+        return self.anatomy.shows_hidden_state
 
     @cached_property
     def hidden_size(self) -> int:
@@ -180,3 +189,10 @@ class LoadedModel:
         """[N, state_width]: the final hidden states of `inputs.states`, of the forward that has just run."""
         assert inputs.states is not None, "the step reads no states"
         return self._tap.take(inputs.states)
+
+    def hidden(self, inputs: StepInputs) -> Tensor:
+        """The last hidden state [T, D] of all tokens; writes keys and values as `forward` does."""
+        self.step.set(inputs)
+        decoder = self.module.get_decoder()
+        out: Tensor = decoder(input_ids=inputs.ids, position_ids=inputs.positions, use_cache=False).last_hidden_state[0]
+        return out

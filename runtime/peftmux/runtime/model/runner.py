@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from peftmux.runtime.model.step import StepInputs, index_tensor
 from peftmux.runtime.params import State, TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan, RowResult, StepPlan, StepResult
 
+BASE_SLOT = 0
+
 
 class Runner:
     """Owns the paged cache. Used by one thread."""
@@ -24,16 +27,37 @@ class Runner:
     def __init__(self, model: LoadedModel, num_blocks: int, block_size: int) -> None:
         self.model = model
         self.cache = PagedCache(model, num_blocks, block_size)
+        self.cache.attach()
+        self._first_pass = model.first_pass
+        self._first_pass.bind(lambda: PagedCache(model, num_blocks, block_size))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         self.cache.copy(plan.copies)
         inputs = self._inputs(plan.rows)
+        if not self._first_pass.empty:
+            inputs = self._with_shares(inputs, plan)
         logits = self.model.forward(inputs)
         states: Mapping[int, tuple[State, ...]] = {}
         if inputs.states is not None:
             states = read_out(self.model.states(inputs), plan.rows, self.model.heads)
         return StepResult(_results(plan.rows, logits, states))
+
+    def _with_shares(self, inputs: StepInputs, plan: StepPlan) -> StepInputs:
+        """Run the base model over the rows whose experts' shares it decides, in its own cache."""
+        first = self._first_pass
+        assert first.cache is not None, "made when the first such adapter was prepared"
+        first.cache.copy(plan.copies)
+        rows = [row for row in plan.rows if row.slot in first]
+        if not rows:
+            return inputs
+        first.cache.attach()
+        try:
+            hidden = self.model.hidden(self._inputs([replace(row, slot=BASE_SLOT) for row in rows]))
+        finally:
+            self.cache.attach()
+        shares = first.shares(hidden, [row.slot for row in rows], [len(row.tokens) for row in rows])
+        return replace(inputs, shares=shares)
 
     def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
         device = self.model.device

@@ -14,6 +14,7 @@ from peftmux.adapters.base import LinearSite
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.embedding import EmbeddingSite
 from peftmux.kernels.lowrank import LowRankSite
+from peftmux.kernels.routed import RoutedSite
 from peftmux.kernels.rows import RowsSite
 from peftmux.runtime.model.dense import stack
 from peftmux.runtime.model.step import StepState
@@ -56,6 +57,7 @@ class SiteGroup:
         self.lowrank = LowRankSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
         self.rows = RowsSite(weight.dtype, weight.device)
         """Used where the group is one site."""
+        self.routed = RoutedSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
         self.biases = tuple(biases)
         self._step = step
         self._segments = attrgetter(segments)
@@ -63,7 +65,7 @@ class SiteGroup:
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., N], the slices of all sites side by side."""
         y = self.dense(x)
-        if not (self.lowrank.empty and self.rows.empty):
+        if not (self.lowrank.empty and self.rows.empty and self.routed.empty):
             self._adapt(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
         return y
 
@@ -72,6 +74,8 @@ class SiteGroup:
         if not self.rows.empty:
             self.rows.apply(y, x, segments)
         self.lowrank.apply(y, x, segments)
+        if not self.routed.empty:
+            self.routed.apply(y, x, segments, self._step.inputs.shares)
 
     def weight(self, index: int) -> Tensor:
         """[out, in] of one site."""

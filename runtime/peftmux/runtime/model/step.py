@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.routed import Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class StepInputs:
     """Adapters of the S tokens, for the output projection."""
     states: Tensor | None = None
     """[N] int64: tokens whose final hidden states are read; None where nobody reads any."""
+    shares: Shares = field(default_factory=dict)
+    """Of the slots whose experts are weighed by what a first pass has seen."""
 
 
 class StepState:

@@ -15,14 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from peftmux.adapters.base import FeedForwardSite, LinearSite, ParameterSite
 from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.adapters.feed_forward import feed_forward
+from peftmux.adapters.parts import FIRST_PASS, ClassifierPart
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.mixture import MixturePart
+from peftmux.kernels.routed import RoutedPart
 from peftmux.kernels.rows import ReplacedRows
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
+from peftmux.runtime.model.first_pass import FirstPass
 from peftmux.runtime.model.mixtures import MixedForward, Mixtures
 from peftmux.runtime.model.rotary import swap_rotary
 from peftmux.runtime.model.sites import Site, SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
@@ -50,6 +53,8 @@ class Swapper:
         self.sites: dict[str, SiteRef] = {}
         self.places: dict[tuple[type, str], Site] = {}
         """By type of part and name of place: where every part goes that is not at a linear site's low rank."""
+        self.first_pass = FirstPass(model.device)
+        self.places[ClassifierPart, FIRST_PASS] = self.first_pass
         self.parameter_sites: dict[str, ParameterSite] = {}
         self.feed_forwards: dict[str, FeedForwardSite] = {}
 
@@ -127,6 +132,7 @@ class Swapper:
         for index, name in enumerate(names):
             if name in self._token_linears:
                 self.sites[name] = SiteRef(group, index)
+                self.places[RoutedPart, name] = group.routed.slice(index)
                 if len(names) == 1:
                     self.places[ReplacedRows, name] = group.rows
         return group

@@ -38,6 +38,7 @@ def verify(model: LoadedModel, expected: list[Tensor]) -> None:
     """Run the same sequences as one flat batch over a small paged cache. Raises UnsupportedModel where they differ."""
     blocks = [[1, 2, 3, 4, 5], [6, 7]]
     cache = PagedCache(model, 8, _BLOCK)
+    cache.attach()
     sequences = _sequences(model.vocab_size)
     got: list[list[Tensor]] = [[] for _ in sequences]
     for step in _STEPS:
