@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from peftmux.cli import adapters, generate, main, serve
+from peftmux.cli import adapters, classify, embed, generate, main, serve
 from peftmux.cli.errors import CommandError
 
 CONNECTION = {
@@ -80,7 +80,17 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def test_commands_are_frozen():
-    assert list(main.COMMANDS) == ["serve", "generate", "adapters", "train", "bench", "demo", "doctor"]
+    assert list(main.COMMANDS) == [
+        "serve",
+        "generate",
+        "classify",
+        "embed",
+        "adapters",
+        "train",
+        "bench",
+        "demo",
+        "doctor",
+    ]
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
@@ -95,6 +105,18 @@ def test_flags_of_serve_are_frozen():
 
 def test_flags_of_generate_are_frozen():
     assert flags(generate.build_parser()[0]) == GENERATE
+
+
+def test_flags_of_classify_and_embed_are_frozen():
+    assert flags(classify.build_parser()[0]) == CONNECTION | {"--adapter", "--adapter-task", "--json"}
+    assert flags(embed.build_parser()[0]) == CONNECTION | {"--adapter", "--pooling", "--normalize", "--json"}
+
+
+def test_classify_needs_an_adapter(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["classify", "x"])
+    assert caught.value.code == 2
+    assert "expected --adapter NAME" in capsys.readouterr().err
 
 
 def test_flags_of_adapters_are_frozen():
@@ -130,7 +152,7 @@ def test_an_unknown_command_is_bad_usage(capsys):
     assert "got 'serv'; did you mean 'serve'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "adapters", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "generate", "classify", "embed", "adapters", "doctor"])
 def test_help_is_complete(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main.main([command, "--help"])
@@ -205,7 +227,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     assert "'accelerate', which is not installed (pip install 'peftmux[train]')" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "adapters"])
+@pytest.mark.parametrize("command", ["generate", "classify", "embed", "adapters"])
 def test_asking_a_server_brings_no_torch(command):
     code = (
         "import sys; from peftmux.cli.main import main\n"

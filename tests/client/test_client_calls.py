@@ -22,7 +22,10 @@ from peftmux.client import (
     AdapterState,
     AsyncClient,
     ChatMessage,
+    Classification,
+    ClassRow,
     Client,
+    Embedding,
     FinishReason,
     Residency,
     Tls,
@@ -246,6 +249,40 @@ def test_the_other_calls(script, either):
     scripted.on("GetModel", inference_pb2.GetModelResponse(name="m", context_length=9, adapter_kinds=["lora"]))
     model = either.call(target, "model")
     assert (model.name, model.context_length, model.adapter_kinds) == ("m", 9, ("lora",))
+
+
+def test_classify(script, either):
+    scripted, target = script
+    rows: Any = [{"logits": [2, -1], "probabilities": [0.75, 0.25], "label": "ham"}]
+    usage = inference_pb2.Usage(prompt_tokens=4, cached_tokens=3)
+    scripted.on(
+        "Classify",
+        inference_pb2.ClassifyResponse(rows=rows, labels=["ham", "spam"], usage=usage, adapter_revision="abc"),
+    )
+    answer = either.call(target, "classify", "is it?", adapter="a@abc", adapter_task=0)
+    assert answer == Classification((ClassRow((2, -1), (0.75, 0.25), "ham"),), ("ham", "spam"), Usage(4, 0, 3), "abc")
+    (request,) = scripted.requests
+    assert request == inference_pb2.ClassifyRequest(adapter="a@abc", adapter_task=0, text="is it?")
+    either.call(target, "classify", [3, 4], adapter="a")
+    tokens = inference_pb2.TokenIds(ids=[3, 4])
+    assert scripted.requests[1] == inference_pb2.ClassifyRequest(adapter="a", token_ids=tokens)
+
+
+def test_embed(script, either):
+    scripted, target = script
+    scripted.on("Embed", inference_pb2.EmbedResponse(embedding=[0.5, -1], usage=inference_pb2.Usage(prompt_tokens=2)))
+    assert either.call(target, "embed", "x") == Embedding((0.5, -1), Usage(2, 0, 0))
+    either.call(target, "embed", [1], adapter="a", pooling="last", normalize=True)
+    first, second = scripted.requests
+    assert first == inference_pb2.EmbedRequest(text="x", pooling=inference_pb2.POOLING_MEAN)
+    tokens = inference_pb2.TokenIds(ids=[1])
+    assert second == inference_pb2.EmbedRequest(
+        adapter="a", token_ids=tokens, pooling=inference_pb2.POOLING_LAST, normalize=True
+    )
+    with pytest.raises(ValueError, match="median"):
+        either.call(target, "embed", "x", pooling="median")
+    with pytest.raises(TypeError, match="conversation"):
+        either.call(target, "embed", [ChatMessage("user", "x")])
 
 
 FULL = {

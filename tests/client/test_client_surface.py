@@ -23,8 +23,11 @@ def test_exported_names_are_frozen():
         "Cancelled",
         "ChatMessage",
         "Chunk",
+        "ClassRow",
+        "Classification",
         "Client",
         "DeadlineExceeded",
+        "Embedding",
         "FailedPrecondition",
         "FinishReason",
         "GenerateOptions",
@@ -34,6 +37,8 @@ def test_exported_names_are_frozen():
         "Model",
         "NotFound",
         "PermissionDenied",
+        "PlainPrompt",
+        "Pooling",
         "Prompt",
         "Residency",
         "ResourceExhausted",
@@ -55,7 +60,9 @@ def test_both_clients_have_the_same_methods():
 
     assert surface(Client) == surface(AsyncClient)
     assert set(surface(Client)) == {
+        "classify",
         "close",
+        "embed",
         "generate",
         "get_adapter",
         "list_adapters",

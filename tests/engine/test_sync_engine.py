@@ -17,12 +17,13 @@ import pytest
 
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.runtime import Engine
-from peftmux.runtime.engine.api import AdapterState
+from peftmux.runtime.engine.api import AdapterState, Pooling
 from peftmux.runtime.errors import (
     AdapterNotFound,
     Draining,
     EngineDead,
     InvalidRequest,
+    TaskMismatch,
     UnsupportedModel,
 )
 from peftmux.runtime.params import FinishReason, OutputOptions, SamplingParams, StoppingParams
@@ -184,3 +185,21 @@ def test_plain_values_do_not_import_torch() -> None:
     """`Engine` is imported when it is asked for."""
     code = "import sys, peftmux.runtime.params, peftmux.runtime.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_classes_and_embeddings(engine: Engine) -> None:
+    engine.load_adapter("seq", "lora.seq_cls")
+    prompts = [[5, 9, 17], [44, 12, 80, 3]]
+    both = engine.classify(prompts, adapter="seq")
+    for answer, one in zip(both, prompts, strict=True):
+        assert answer.logits[0] == pytest.approx(engine.classify(one, adapter="seq").logits[0], abs=1e-5)
+    states = engine.embed(prompts, adapter=["", "lora"], pooling=Pooling.LAST)
+    assert states[0].values != engine.embed(prompts[0], adapter="lora", pooling=Pooling.LAST).values
+    unit = engine.embed("w5 w9", normalize=True).values
+    assert sum(value * value for value in unit) == pytest.approx(1)
+    with pytest.raises(TaskMismatch):
+        engine.classify(prompts, adapter=["seq", "lora"])
+    with pytest.raises(TaskMismatch):
+        engine.generate(prompts[0], adapter="seq")
+    with pytest.raises(InvalidRequest):
+        engine.embed(prompts, adapter=["lora"])

@@ -242,6 +242,27 @@ def test_the_command_line_asks(server: Running, client: Client):
     assert answer["finish_reason"] == "length"
 
 
+def test_the_command_line_classifies_and_embeds(server: Running, client: Client):
+    for kind in ("seq", "token"):
+        client.load_adapter(kind, f"lora.{kind}_cls")
+    whole = client.classify(PROMPT, adapter="seq")
+    shown = peftmux(server, "classify", PROMPT, "--adapter", "seq").stdout.splitlines()
+    assert shown[0].split()[1] == whole.rows[0].label
+    assert {line.split()[1] for line in shown} == set(whole.labels)
+    rows = peftmux(server, "classify", "-", "--adapter", "token", stdin=PROMPT).stdout.splitlines()
+    assert [row.split()[1] for row in rows] == [row.label for row in client.classify(PROMPT, adapter="token").rows]
+    assert [row.split()[2] for row in rows] == list(client.tokenize(PROMPT).pieces)
+    vector = client.embed(PROMPT, adapter="start", pooling="last", normalize=True)
+    flags = ("--adapter", "start", "--pooling", "last", "--normalize")
+    asked = peftmux(server, "embed", PROMPT, *flags).stdout.split()
+    assert [float(value) for value in asked] == pytest.approx(vector.values, abs=1e-6)
+    assert json.loads(peftmux(server, "embed", PROMPT, "--json").stdout)["usage"]["completion_tokens"] == 0
+    refused = peftmux(server, "classify", PROMPT, "--adapter", "start")
+    assert refused.stderr.startswith("peftmux classify: TASK_MISMATCH: expected an adapter with a classification head")
+    refused = peftmux(server, "generate", PROMPT, "--adapter", "seq")
+    assert refused.stderr.startswith("peftmux generate: TASK_MISMATCH: ")
+
+
 def test_the_command_line_keeps_adapters(server: Running, client: Client):
     loaded = peftmux(server, "adapters", "load", "cli", "lora", "--json")
     assert json.loads(loaded.stdout)[0]["state"] == "ready"

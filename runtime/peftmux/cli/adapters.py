@@ -136,6 +136,7 @@ def _describe(adapter: LoweredAdapter) -> dict[str, Any]:
         "min_rank": low,
         "max_rank": high,
         "virtual_tokens": adapter.parts.prefix.length if adapter.parts.prefix else 0,
+        "labels": list(adapter.parts.head.labels) if adapter.parts.head else [],
         "applied_sites": adapter.applied_sites,
         "tensors": adapter.tensors,
         "parameters": adapter.parameters,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peftmux.cli import values
 from peftmux.cli.connection import add_connection, connected
+from peftmux.cli.prompt import add_prompt, prompt_text
 from peftmux.cli.settings import Settings, parse
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _SAMPLING: dict[str, tuple[Any, str]] = {
 def main(argv: Sequence[str]) -> int:
     parser, settings = build_parser()
     args = parse(parser, settings, argv, os.environ)
-    text = sys.stdin.read() if args.prompt in (None, "-") else args.prompt
+    text = prompt_text(args)
     with connected(args) as client:
         prompt = _prompt(text, args)
         if args.json:
@@ -53,7 +54,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Settings]:
         prog="peftmux generate", description="Ask a running server, and see the answer as it is made."
     )
     settings = Settings(parser)
-    settings.add("prompt", nargs="?", metavar="PROMPT", help="the prompt; '-' or none reads standard input")
+    add_prompt(settings)
     settings.add("--adapter", metavar="NAME", help="NAME or NAME@REVISION; the base model if left out")
     settings.add("--chat", action="store_true", default=False, help="PROMPT is what the user says in a conversation")
     settings.add("--system", metavar="TEXT", help="what the system says before (with --chat)")

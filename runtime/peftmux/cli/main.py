@@ -14,6 +14,8 @@ from peftmux.cli.errors import CommandError
 COMMANDS = {
     "serve": ("peftmux.cli.serve", "serve a base model and its adapters over gRPC"),
     "generate": ("peftmux.cli.generate", "ask a running server, and see the answer as it is made"),
+    "classify": ("peftmux.cli.classify", "what an adapter's classification head says of a text"),
+    "embed": ("peftmux.cli.embed", "a text as one vector"),
     "adapters": (
         "peftmux.cli.adapters",
         "load, unload, list, get on a running server; inspect or convert a folder offline",

@@ -10,10 +10,15 @@ from peftmux.client.types import (
     AdapterState,
     ChatMessage,
     Chunk,
+    Classification,
+    ClassRow,
+    Embedding,
     FinishReason,
     GenerateOptions,
     Generation,
     Model,
+    PlainPrompt,
+    Pooling,
     Prompt,
     Residency,
     TokenLogprob,
@@ -51,6 +56,7 @@ _STATES = {
     adapters_pb2.ADAPTER_STATE_FAILED: AdapterState.FAILED,
     adapters_pb2.ADAPTER_STATE_UNLOADED: AdapterState.UNLOADED,
 }
+_POOLINGS = {Pooling.MEAN: inference_pb2.POOLING_MEAN, Pooling.LAST: inference_pb2.POOLING_LAST}
 _RESIDENCIES = {
     adapters_pb2.RESIDENCY_DEVICE: Residency.DEVICE,
     adapters_pb2.RESIDENCY_HOST: Residency.HOST,
@@ -71,6 +77,26 @@ def request(kind: type[RequestT], prompt: Prompt, options: GenerateOptions) -> R
         **_only(given, PLAIN),
         **_input(prompt),
     )
+
+
+def classify_request(prompt: PlainPrompt, adapter: str, task: int | None) -> inference_pb2.ClassifyRequest:
+    return inference_pb2.ClassifyRequest(adapter=adapter, adapter_task=task, **_plain_input(prompt))
+
+
+def embed_request(
+    prompt: PlainPrompt, adapter: str, pooling: Pooling | str, normalize: bool
+) -> inference_pb2.EmbedRequest:
+    """ValueError for a pooling that is none."""
+    return inference_pb2.EmbedRequest(
+        adapter=adapter, pooling=_POOLINGS[Pooling(pooling)], normalize=normalize, **_plain_input(prompt)
+    )
+
+
+def _plain_input(prompt: PlainPrompt) -> dict[str, Any]:
+    fields = _input(prompt)
+    if "chat" in fields:
+        raise TypeError("expected a prompt of str or token ids, got a conversation")
+    return fields
 
 
 def _input(prompt: Prompt) -> dict[str, Any]:
@@ -116,6 +142,19 @@ def chunk(message: inference_pb2.GenerateStreamResponse) -> Chunk:
         prompt_logprobs=_logprobs(message.prompt_logprobs),
         adapter_revision=message.adapter_revision,
     )
+
+
+def classification(message: inference_pb2.ClassifyResponse) -> Classification:
+    return Classification(
+        rows=tuple(ClassRow(tuple(row.logits), tuple(row.probabilities), row.label) for row in message.rows),
+        labels=tuple(message.labels),
+        usage=_usage(message.usage),
+        adapter_revision=message.adapter_revision,
+    )
+
+
+def embedding(message: inference_pb2.EmbedResponse) -> Embedding:
+    return Embedding(tuple(message.embedding), _usage(message.usage), message.adapter_revision)
 
 
 def _usage(message: inference_pb2.Usage) -> Usage:

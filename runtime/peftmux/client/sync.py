@@ -11,7 +11,19 @@ from google.protobuf.message import Message
 
 from peftmux.client import messages, wire
 from peftmux.client.errors import RpcError, Unavailable, translate
-from peftmux.client.types import Adapter, Chunk, GenerateOptions, Generation, Model, Prompt, Tokens
+from peftmux.client.types import (
+    Adapter,
+    Chunk,
+    Classification,
+    Embedding,
+    GenerateOptions,
+    Generation,
+    Model,
+    PlainPrompt,
+    Pooling,
+    Prompt,
+    Tokens,
+)
 from peftmux.v1 import adapters_pb2, inference_pb2
 
 
@@ -66,6 +78,26 @@ class Client:
         """The answer as it is made. Closing the iterator cancels the request."""
         request = messages.request(inference_pb2.GenerateStreamRequest, prompt, options)
         return self._stream(request, options.get("timeout"))
+
+    def classify(
+        self, prompt: PlainPrompt, *, adapter: str, adapter_task: int | None = None, timeout: float | None = None
+    ) -> Classification:
+        """What the adapter's head says of the prompt, or of each of its tokens."""
+        request = messages.classify_request(prompt, adapter, adapter_task)
+        return messages.classification(self._call(wire.CLASSIFY, request, timeout))
+
+    def embed(
+        self,
+        prompt: PlainPrompt,
+        *,
+        adapter: str = "",
+        pooling: Pooling | str = Pooling.MEAN,
+        normalize: bool = False,
+        timeout: float | None = None,
+    ) -> Embedding:
+        """The prompt's final hidden states, pooled; with `normalize` of length 1."""
+        request = messages.embed_request(prompt, adapter, pooling, normalize)
+        return messages.embedding(self._call(wire.EMBED, request, timeout))
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> Tokens:
         return messages.tokens(self._call(wire.TOKENIZE, inference_pb2.TokenizeRequest(text=text), timeout))

@@ -23,6 +23,12 @@ class AdapterState(Enum):
     UNLOADED = "unloaded"
 
 
+class Pooling(Enum):
+    MEAN = "mean"
+    """Over the prompt's tokens."""
+    LAST = "last"
+
+
 class Residency(Enum):
     DEVICE = "device"
     HOST = "host"
@@ -37,6 +43,10 @@ class ChatMessage:
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[ChatMessage]
 """A text, token ids taken as they are, or a conversation for the tokenizer's chat template."""
+
+
+PlainPrompt: TypeAlias = str | Sequence[int]
+"""A text, or token ids taken as they are."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -109,6 +119,34 @@ class Chunk:
     usage: Usage | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    adapter_revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassRow:
+    """What a head says of a sequence, or of one token."""
+
+    logits: tuple[float, ...]
+    probabilities: tuple[float, ...]
+    label: str
+    """The likeliest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """One row for a sequence head, one for each token of the prompt for a token head."""
+
+    rows: tuple[ClassRow, ...]
+    labels: tuple[str, ...]
+    """The names of the logits."""
+    usage: Usage
+    adapter_revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    values: tuple[float, ...]
+    usage: Usage
     adapter_revision: str = ""
 
 

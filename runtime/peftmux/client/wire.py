@@ -56,6 +56,8 @@ def _serialise(message: Message) -> bytes:
 
 GENERATE = Method("/peftmux.v1.InferenceService/Generate", inference_pb2.GenerateResponse.FromString)
 GENERATE_STREAM = Method("/peftmux.v1.InferenceService/GenerateStream", inference_pb2.GenerateStreamResponse.FromString)
+CLASSIFY = Method("/peftmux.v1.InferenceService/Classify", inference_pb2.ClassifyResponse.FromString)
+EMBED = Method("/peftmux.v1.InferenceService/Embed", inference_pb2.EmbedResponse.FromString)
 TOKENIZE = Method("/peftmux.v1.InferenceService/Tokenize", inference_pb2.TokenizeResponse.FromString)
 GET_MODEL = Method("/peftmux.v1.InferenceService/GetModel", inference_pb2.GetModelResponse.FromString)
 LOAD_ADAPTER = Method("/peftmux.v1.AdapterService/LoadAdapter", adapters_pb2.LoadAdapterResponse.FromString)

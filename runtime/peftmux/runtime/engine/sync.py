@@ -10,18 +10,30 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from operator import index
 from types import TracebackType
-from typing import Any, Self, SupportsIndex, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, cast, overload
 
-from peftmux.runtime.engine.api import AdapterInfo, Delta, EngineStats, GenerationRequest, ModelInfo
+from peftmux.runtime.engine.api import (
+    AdapterInfo,
+    Classification,
+    ClassificationRequest,
+    Delta,
+    Embedding,
+    EmbeddingRequest,
+    EngineStats,
+    GenerationRequest,
+    ModelInfo,
+    Pooling,
+)
 from peftmux.runtime.engine.factory import EngineConfig, start_engine
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import NullObserver
-from peftmux.runtime.errors import EngineDead, InvalidRequest
+from peftmux.runtime.engine.prompts import Prompt, Prompts, is_one, with_adapters
+from peftmux.runtime.errors import EngineDead
 from peftmux.runtime.params import (
     FinishReason,
     OutputOptions,
@@ -32,9 +44,7 @@ from peftmux.runtime.params import (
 )
 
 T = TypeVar("T")
-Prompt = str | Sequence[int]
-"""Text, encoded with the tokenizer's special tokens, or token ids, taken as they are."""
-Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,7 @@ class Engine:
         sampling: SamplingParams | None = None,
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
+        task: int | None = None,
     ) -> Generation: ...
 
     @overload
@@ -139,6 +150,7 @@ class Engine:
         sampling: SamplingParams | None = None,
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
+        task: int | None = None,
     ) -> list[Generation]: ...
 
     def generate(
@@ -149,29 +161,74 @@ class Engine:
         sampling: SamplingParams | None = None,
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
+        task: int | None = None,
     ) -> Generation | list[Generation]:
         """One prompt, or several in one batch, each with the same adapter or with its own.
 
         Without `sampling` the tokens are drawn from the model's distribution by a seed that nobody knows. When one of
         several fails, the others are cancelled and its error is raised.
         """
-        if _is_one(prompt):
-            if not isinstance(adapter, str):
-                raise InvalidRequest("adapter", f"expected one name for one prompt, got {len(adapter)}")
-            request = self._request(cast("Prompt", prompt), adapter, sampling, stopping, output, stream=False)
-            return self._run(self._answers([request]))[0]
-        prompts = cast("Sequence[Prompt]", prompt)
-        names = [adapter] * len(prompts) if isinstance(adapter, str) else list(adapter)
-        if len(names) != len(prompts):
-            raise InvalidRequest("adapter", f"expected one name, or one for each of {len(prompts)}, got {len(names)}")
-        return self._run(
-            self._answers(
-                [
-                    self._request(one, name, sampling, stopping, output, stream=False)
-                    for one, name in zip(prompts, names, strict=True)
-                ]
-            )
-        )
+        requests = [
+            self._request(one, name, task, sampling, stopping, output, stream=False)
+            for one, name in with_adapters(prompt, adapter)
+        ]
+        answers = self._ask_all(self._answer, requests)
+        return answers[0] if is_one(prompt) else answers
+
+    @overload
+    def classify(self, prompt: Prompt, *, adapter: str, task: int | None = None) -> Classification: ...
+
+    @overload
+    def classify(
+        self, prompt: Prompts, *, adapter: str | Sequence[str], task: int | None = None
+    ) -> list[Classification]: ...
+
+    def classify(
+        self, prompt: Prompt | Prompts, *, adapter: str | Sequence[str], task: int | None = None
+    ) -> Classification | list[Classification]:
+        """What the adapter's head says of one prompt, or of several in one batch. TaskMismatch where it has none."""
+        requests = [ClassificationRequest(self._ids(one), name, task) for one, name in with_adapters(prompt, adapter)]
+        answers = self._ask_all(self._engine.classify, requests)
+        return answers[0] if is_one(prompt) else answers
+
+    @overload
+    def embed(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str = "",
+        pooling: Pooling = Pooling.MEAN,
+        normalize: bool = False,
+        task: int | None = None,
+    ) -> Embedding: ...
+
+    @overload
+    def embed(
+        self,
+        prompt: Prompts,
+        *,
+        adapter: str | Sequence[str] = "",
+        pooling: Pooling = Pooling.MEAN,
+        normalize: bool = False,
+        task: int | None = None,
+    ) -> list[Embedding]: ...
+
+    def embed(
+        self,
+        prompt: Prompt | Prompts,
+        *,
+        adapter: str | Sequence[str] = "",
+        pooling: Pooling = Pooling.MEAN,
+        normalize: bool = False,
+        task: int | None = None,
+    ) -> Embedding | list[Embedding]:
+        """The final hidden states of one prompt, or of several in one batch, pooled over its tokens."""
+        requests = [
+            EmbeddingRequest(self._ids(one), name, pooling, normalize, task)
+            for one, name in with_adapters(prompt, adapter)
+        ]
+        answers = self._ask_all(self._engine.embed, requests)
+        return answers[0] if is_one(prompt) else answers
 
     def stream(
         self,
@@ -181,9 +238,10 @@ class Engine:
         sampling: SamplingParams | None = None,
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
+        task: int | None = None,
     ) -> Iterator[Delta]:
         """Deltas as they come; read slowly, they merge. Closing the iterator frees the row within one step."""
-        request = self._request(prompt, adapter, sampling, stopping, output, stream=True)
+        request = self._request(prompt, adapter, task, sampling, stopping, output, stream=True)
         deltas = cast("AsyncGenerator[Delta]", self._engine.generate(request))
         try:
             while (delta := self._run(_next(deltas))) is not None:
@@ -219,6 +277,7 @@ class Engine:
         self,
         prompt: Prompt,
         adapter: str,
+        task: int | None,
         sampling: SamplingParams | None,
         stopping: StoppingParams | None,
         output: OutputOptions | None,
@@ -226,26 +285,38 @@ class Engine:
         stream: bool,
     ) -> GenerationRequest:
         return GenerationRequest(
-            prompt=self.encode(prompt) if isinstance(prompt, str) else tuple(map(index, prompt)),
+            prompt=self._ids(prompt),
             adapter=adapter,
             sampling=sampling or SamplingParams(seed=secrets.randbits(64)),
             stopping=stopping or StoppingParams(),
             output=output or OutputOptions(),
             stream=stream,
+            task=task,
         )
 
-    async def _answers(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        tasks = [asyncio.create_task(self._answer(request)) for request in requests]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return self.encode(prompt) if isinstance(prompt, str) else tuple(map(index, prompt))
+
+    def _ask_all(self, ask: Callable[[R], Coroutine[Any, Any, T]], requests: Sequence[R]) -> list[T]:
+        """In one batch. When one fails, the others are cancelled and its error is raised."""
+
+        async def one(request: R) -> T:
+            async with self._room:  # what the queue cannot take waits here
+                return await ask(request)
+
+        async def everything() -> list[T]:
+            tasks = [asyncio.create_task(one(request)) for request in requests]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        return self._run(everything())
 
     async def _answer(self, request: GenerationRequest) -> Generation:
-        async with self._room:  # what the queue cannot take waits here
-            (delta,) = [delta async for delta in self._engine.generate(request)]
+        (delta,) = [delta async for delta in self._engine.generate(request)]
         assert delta.finish_reason is not None
         assert delta.usage is not None
         return Generation(
@@ -284,10 +355,6 @@ class Engine:
             return
         if threading.current_thread() is not self._thread:
             closing.result()
-
-
-def _is_one(prompt: Prompt | Prompts) -> bool:
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], SupportsIndex))
 
 
 async def _next(deltas: AsyncGenerator[Delta]) -> Delta | None:
