@@ -23,6 +23,15 @@ class LinearSite:
 
 
 @dataclass(frozen=True, slots=True)
+class NormLayer:
+    """A normalisation layer over `features` values, with a weight and perhaps a bias."""
+
+    name: str
+    features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterSite:
     """A weight that is no linear layer's: all experts of a mixture stacked, or the router that chooses among them."""
 
@@ -70,6 +79,8 @@ class BaseModel(Protocol):
 
     @property
     def linear_sites(self) -> Mapping[str, LinearSite]: ...
+    @property
+    def norm_sites(self) -> Mapping[str, NormLayer]: ...
     @property
     def parameter_sites(self) -> Mapping[str, ParameterSite]: ...
     @property

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     RANK_MISMATCH = "RANK_MISMATCH"
     BASE_WEIGHT_DIFFERS = "BASE_WEIGHT_DIFFERS"
     NOT_FINITE = "NOT_FINITE"
+    INVALID_INDICES = "INVALID_INDICES"
 
 
 class AdapterError(Exception):

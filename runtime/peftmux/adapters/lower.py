@@ -107,7 +107,12 @@ def _check_derived(place: str, part: LinearPart | Part) -> None:
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    """The tensor as finite float32. The smallest and largest value show it: NaN propagates through both."""
+    """The tensor as finite float32; integers, which are indices, as they are.
+
+    The smallest and largest value show it: NaN propagates through both.
+    """
+    if not tensor.is_floating_point():
+        return tensor.detach().cpu()
     values = tensor.detach().to(device="cpu", dtype=torch.float32)
     if values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
         raise AdapterInvalid(Reason.NOT_FINITE, f"{name}: expected finite float32 values, got NaN or infinity")

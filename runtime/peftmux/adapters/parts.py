@@ -10,10 +10,13 @@ from torch import Tensor
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.head import Head
+from peftmux.kernels.inputs import InputScale
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.kernels.mixture import MixturePart
+from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart, ShareRule
 from peftmux.kernels.rows import ReplacedRows
+from peftmux.kernels.sparse import SparsePart
 
 __all__ = [
     "FIRST_PASS",
@@ -21,15 +24,18 @@ __all__ = [
     "EmbeddingPart",
     "ExpertsPart",
     "Head",
+    "InputScale",
     "KVPrefix",
     "LinearPart",
     "LoweredAdapter",
     "MixturePart",
+    "NormPart",
     "Part",
     "Parts",
     "ReplacedRows",
     "RoutedPart",
     "RouterPart",
+    "SparsePart",
 ]
 
 FIRST_PASS = "(first pass)"
@@ -44,7 +50,18 @@ class ClassifierPart:
     rule: ShareRule
 
 
-Part = ReplacedRows | EmbeddingPart | ExpertsPart | RouterPart | MixturePart | RoutedPart | ClassifierPart
+Part = (
+    ReplacedRows
+    | InputScale
+    | SparsePart
+    | NormPart
+    | EmbeddingPart
+    | ExpertsPart
+    | RouterPart
+    | MixturePart
+    | RoutedPart
+    | ClassifierPart
+)
 """What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 
 

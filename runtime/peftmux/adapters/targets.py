@@ -35,12 +35,7 @@ def target_sites(
     targets = fields["target_modules"]
     if targets is None:
         targets = sorted({site.rsplit(".", 1)[-1] for site in present})
-    _check_layers(fields, targets)
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        chosen = [site for site in base.linear_sites if site != base.head]
-    else:
-        chosen = list(_matching(fields, targets, base, matcher))
-    chosen = sorted(_allowed(fields, chosen, matcher))
+    chosen = sorted(matched_modules({**fields, "target_modules": targets}, base, matcher))
     for site in chosen:
         if site not in base.linear_sites and site not in others:
             raise AdapterInvalid(
@@ -52,6 +47,17 @@ def target_sites(
             Reason.NO_SITES, f"field target_modules: {show(targets)} matches no linear layer of {base.architecture}"
         )
     return chosen
+
+
+def matched_modules(fields: Mapping[str, Any], base: BaseModel, matcher: PatternMatcher) -> list[str]:
+    """Every module that target_modules names, whatever its type, without those that are excluded or saved whole."""
+    targets = fields["target_modules"]
+    _check_layers(fields, targets)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        chosen = [site for site in base.linear_sites if site != base.head]
+    else:
+        chosen = list(_matching(fields, targets, base, matcher))
+    return list(_allowed(fields, chosen, matcher))
 
 
 def _matching(

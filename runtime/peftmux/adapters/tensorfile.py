@@ -25,6 +25,8 @@ MAX_DIMENSIONS = 8
 MAX_NAME = 512
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INDICES = {"I32": torch.int32, "I64": torch.int64}
+"""Of tensors whose names end with _indices, and of no others."""
 _READ_BYTES = 64 << 20
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """torch.save's zip file, and a bare pickle. With what follows them both are a header length far over the limit, which
@@ -125,18 +127,19 @@ def _info(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _malformed(f"tensor {name!r}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    known = _INDICES if name.endswith("_indices") else _DTYPES
+    if not isinstance(dtype, str) or dtype not in known:
         raise AdapterInvalid(
-            Reason.UNSUPPORTED_DTYPE, f"tensor {name!r}: expected dtype {', '.join(_DTYPES)}, got {dtype!r:.40}"
+            Reason.UNSUPPORTED_DTYPE, f"tensor {name!r}: expected dtype {', '.join(known)}, got {dtype!r:.40}"
         )
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
         raise _malformed(f"tensor {name!r}: expected a shape of at most {MAX_DIMENSIONS} natural numbers")
     if not _naturals(offsets) or len(offsets) != 2:
         raise _malformed(f"tensor {name!r}: expected two data offsets")
-    expected, span = prod(shape) * _DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    expected, span = prod(shape) * known[dtype].itemsize, offsets[1] - offsets[0]
     if span != expected:
         raise _malformed(f"tensor {name!r}: its shape and dtype need {expected} bytes, its offsets span {span}")
-    return TensorInfo(_DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(known[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _naturals(value: Any) -> bool:

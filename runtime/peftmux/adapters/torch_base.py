@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLayer, ParameterSite
 from peftmux.adapters.experts import parameter_names, parameter_sites
 from peftmux.adapters.feed_forward import feed_forward
+from peftmux.adapters.norms import norm_layers, norm_site
 
 
 class TorchBase:
@@ -52,6 +53,10 @@ class TorchBase:
     def linear_sites(self) -> Mapping[str, LinearSite]:
         sites = (_site(name, module) for name, module in self.module.named_modules())
         return {site.name: site for site in sites if site}
+
+    @cached_property
+    def norm_sites(self) -> Mapping[str, NormLayer]:
+        return {name: norm_site(name, norm) for name, norm in norm_layers(self.module).items()}
 
     @cached_property
     def parameter_sites(self) -> Mapping[str, ParameterSite]:

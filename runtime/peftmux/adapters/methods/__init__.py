@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from peftmux.adapters.methods import head, lora, loramoe, mixlora, prefix, xlora
+from peftmux.adapters.methods import (
+    adalora,
+    beft,
+    diffpruning,
+    head,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    loramoe,
+    mixlora,
+    prefix,
+    shira,
+    trainable_tokens,
+    vera,
+    whole,
+    xlora,
+)
 from peftmux.adapters.methods.registry import Method
 
 METHODS: dict[str, Method] = {
     method.peft_type: method
     for method in (
-        head.METHOD,
         lora.METHOD,
+        adalora.METHOD,
         loramoe.METHOD,
         mixlora.METHOD,
+        vera.METHOD,
+        loha.METHOD,
+        lokr.METHOD,
         prefix.METHOD,
+        ia3.METHOD,
+        beft.METHOD,
+        whole.BITFIT,
+        ln_tuning.METHOD,
+        whole.LAYERS,
+        shira.METHOD,
+        diffpruning.METHOD,
+        trainable_tokens.METHOD,
         xlora.METHOD,
+        head.METHOD,
     )
 }

@@ -32,8 +32,9 @@ from peftmux.adapters.methods import lora_experts, replaced
 from peftmux.adapters.methods.ledger import PREFIX, Ledger
 from peftmux.adapters.methods.lora_embedding import build_embedding, plan_embedding
 from peftmux.adapters.methods.lora_experts import ParameterPlan, build_parameters, plan_parameters
-from peftmux.adapters.methods.lora_linear import build_linear, plan_linear, plan_plain_biases
+from peftmux.adapters.methods.lora_linear import build_linear, plan_linear, plan_norm_biases, plan_plain_biases
 from peftmux.adapters.methods.registry import Method, Parts, Plan, Shapes
+from peftmux.adapters.parts import NormPart
 from peftmux.adapters.patterns import PatternMatcher
 
 __all__ = ["FIELDS", "METHOD", "PREFIX", "kinds", "lora_scaling", "plan"]
@@ -101,6 +102,7 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
         alpha = _by_pattern(fields, "alpha_pattern", "lora_alpha", name, matcher)
         return rank, lora_scaling(alpha, rank, fields["use_rslora"])
 
+    norm_biases = plan_norm_biases(base, new.keys(), ledger) if fields["bias"] == "all" else {}
     parameters = plan_parameters(fields, base, ledger, rank_and_scale)
     present = _present_modules(ledger, base)
     chosen = _chosen_modules(fields, present, base, matcher)
@@ -121,6 +123,7 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
         others = replaced.build_replaced(new, tensors, base)
         if embedding is not None:
             others[base.embedding] = (build_embedding(embedding, tensors, base),)
+        others |= {norm: (NormPart(bias=tensors[name]),) for norm, name in norm_biases.items()}
         linear, experts = build_parameters(parameters, tensors)
         return Parts(linear | {s.site: build_linear(s, tensors, base) for s in sites}, others | experts)
 

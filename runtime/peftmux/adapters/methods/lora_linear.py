@@ -7,7 +7,7 @@ where the config names the output projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,15 @@ def plan_plain_biases(base: BaseModel, targeted: set[str], ledger: Ledger) -> li
             ledger.claim(name, (site.out_features,))
             found.append(LinearPlan(site.name, 0.0, base_bias=name))
     return found
+
+
+def plan_norm_biases(base: BaseModel, replaced: Container[str], ledger: Ledger) -> dict[str, str]:
+    """bias="all" trains those of normalisation layers as well: their tensors by the norm's path."""
+    names = {n.name: f"{PREFIX}{n.name}.bias" for n in base.norm_sites.values() if n.has_bias}
+    names = {norm: name for norm, name in names.items() if norm not in replaced}
+    for norm, name in names.items():
+        ledger.claim(name, (base.norm_sites[norm].features,))
+    return names
 
 
 def claim_low_rank(ledger: Ledger, a: tuple[str, int], b: tuple[str, int], rank: int, site: str) -> None:

@@ -20,7 +20,7 @@ from peftmux.adapters.base import BaseModel
 from peftmux.adapters.config import Honoured, is_texts, is_token_ids
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.methods.ledger import PREFIX, Ledger
-from peftmux.adapters.parts import EmbeddingPart, Part, ReplacedRows
+from peftmux.adapters.parts import EmbeddingPart, NormPart, Part, ReplacedRows
 
 _SAVED, _TOKENS = "modules_to_save", "trainable_token_indices"
 
@@ -53,20 +53,36 @@ def plan_replaced(fields: Mapping[str, Any], base: BaseModel, ledger: Ledger) ->
             Reason.INVALID_FIELD, f"field {_TOKENS}: expected modules that {_SAVED} does not name, got {both[0]}"
         )
     _refuse_unnamed(saved, base, ledger)
-    return {m: _plan_whole(m, base, ledger) for m in sorted(saved)} | _plan_tokens(tokens, base, ledger)
+    whole = {m: _plan_whole(m, base, ledger) for m in sorted(saved)}
+    return whole | _plan_tokens(tokens, base, ledger, "token_adapter.trainable_tokens_delta")
+
+
+def plan_whole_modules(fields: Mapping[str, Any], base: BaseModel, ledger: Ledger) -> dict[str, Replacement]:
+    """By module path, those that modules_to_save names. Claims their tensors."""
+    saved = {module for name in dict.fromkeys(fields[_SAVED] or ()) for module in _modules(_SAVED, name, base)}
+    return {m: _plan_whole(m, base, ledger) for m in sorted(saved)}
+
+
+def plan_tokens(given: Mapping[str, list[int]], base: BaseModel, ledger: Ledger, suffix: str) -> dict[str, Replacement]:
+    """Trainable tokens by module name, in tensors `<module>.<suffix>`; a head that is tied to one follows."""
+    return _plan_tokens(_token_ids({_TOKENS: dict(given)}, base), base, ledger, suffix)
 
 
 def build_replaced(
     plan: Mapping[str, Replacement], tensors: Mapping[str, Tensor], base: BaseModel
 ) -> dict[str, tuple[Part, ...]]:
-    """The parts of the input embedding and the output projection, by their paths."""
+    """The parts of the modules, by their paths."""
     parts: dict[str, tuple[Part, ...]] = {}
     for module, new in plan.items():
         ids = None if new.ids is None else torch.tensor(new.ids)
+        rows, bias = tensors[new.rows], tensors[new.bias] if new.bias else None
         if module == base.embedding:
-            parts[module] = (EmbeddingPart(ids=ids, rows=tensors[new.rows]),)
+            parts[module] = (EmbeddingPart(ids=ids, rows=rows),)
+        elif module in base.norm_sites:
+            parts[module] = (NormPart(rows, bias),)
         else:
-            parts[module] = (ReplacedRows(tensors[new.rows], ids, tensors[new.bias] if new.bias else None),)
+            conv1d = base.linear_sites[module].conv1d
+            parts[module] = (ReplacedRows(rows.t().contiguous() if conv1d else rows, ids, bias),)
     return parts
 
 
@@ -78,12 +94,15 @@ def _modules(field: str, name: str, base: BaseModel) -> list[str]:
             Reason.UNKNOWN_SITE,
             f"field {field}: expected modules of {base.architecture}, got {name!r}, not in this base",
         )
+    ends = (base.embedding, base.head)
+    whole = (*base.linear_sites, *base.norm_sites) if field == _SAVED else ()
     for module in found:
-        if module not in (base.embedding, base.head):
-            served = " or ".join(m for m in (base.embedding, base.head) if m) or "nothing"
+        if module not in ends and module not in whole:
+            served = " or ".join(m for m in ends if m) or "nothing"
+            also = ", a linear or a normalisation layer" if field == _SAVED else ""
             raise AdapterInvalid(
                 Reason.UNSUPPORTED_SITE,
-                f"field {field}: expected {served}, which can be replaced in {base.architecture}, got {module}",
+                f"field {field}: expected {served}{also}, which can be replaced in {base.architecture}, got {module}",
             )
     return found
 
@@ -120,7 +139,9 @@ def _checked_ids(ids: list[int], rows: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _plan_tokens(tokens: Mapping[str, tuple[int, ...]], base: BaseModel, ledger: Ledger) -> dict[str, Replacement]:
+def _plan_tokens(
+    tokens: Mapping[str, tuple[int, ...]], base: BaseModel, ledger: Ledger, suffix: str
+) -> dict[str, Replacement]:
     """Tied ends with the same tokens have one tensor; PEFT takes different tokens for a wish to untie them."""
     plan: dict[str, Replacement] = {}
     for module in sorted(tokens, key=lambda module: module != base.embedding):
@@ -128,7 +149,7 @@ def _plan_tokens(tokens: Mapping[str, tuple[int, ...]], base: BaseModel, ledger:
         if base.tied and source is not None and source.ids == tokens[module]:
             plan[module] = source
         else:
-            plan[module] = _plan_rows(module, tokens[module], base, ledger)
+            plan[module] = _plan_rows(module, tokens[module], base, ledger, suffix)
     if base.head in plan and base.linear_sites[base.head].has_bias:
         raise AdapterInvalid(
             Reason.UNSUPPORTED_FIELD,
@@ -137,20 +158,26 @@ def _plan_tokens(tokens: Mapping[str, tuple[int, ...]], base: BaseModel, ledger:
     return plan
 
 
-def _plan_rows(module: str, ids: tuple[int, ...], base: BaseModel, ledger: Ledger) -> Replacement:
-    name = f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
+def _plan_rows(module: str, ids: tuple[int, ...], base: BaseModel, ledger: Ledger, suffix: str) -> Replacement:
+    name = f"{PREFIX}{module}.{suffix}"
     ledger.claim(name, (len(ids), _shape(module, base)[1]))
     return Replacement(name, ids)
 
 
 def _plan_whole(module: str, base: BaseModel, ledger: Ledger) -> Replacement:
     weight, bias = f"{PREFIX}{module}.weight", f"{PREFIX}{module}.bias"
-    shape = _shape(module, base)
-    ledger.claim(weight, shape)
-    site = base.linear_sites.get(module)
-    if site is None or not site.has_bias:
+    if module in base.norm_sites:
+        norm = base.norm_sites[module]
+        ledger.claim(weight, (norm.features,))
+        biased, size = norm.has_bias, norm.features
+    else:
+        site = base.linear_sites.get(module)
+        shape = _shape(module, base)
+        ledger.claim(weight, shape[::-1] if site is not None and site.conv1d else shape)
+        biased, size = site is not None and site.has_bias, shape[0]
+    if not biased:
         return Replacement(weight)
-    ledger.claim(bias, shape[:1])
+    ledger.claim(bias, (size,))
     return Replacement(weight, bias=bias)
 
 

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftmux.adapters.base import KVShape
+from peftmux.adapters.norms import norm_layers
 from peftmux.runtime.errors import UnsupportedModel
 
 _DISCOVERY = "peftmux_discovery"
@@ -71,6 +72,8 @@ class Discovery:
     """In call order."""
     token_linears: frozenset[str]
     """Linear layers called once with a row for each token: those an adapter's rows can be told apart in."""
+    token_norms: frozenset[str]
+    """Normalisation layers called once with the tokens along their input's second dimension."""
 
 
 def discover(model: PreTrainedModel) -> Discovery:
@@ -79,7 +82,7 @@ def discover(model: PreTrainedModel) -> Discovery:
     Families that never call the attention interface keep their own attention silently, so layers are counted.
     Raises UnsupportedModel.
     """
-    recorder, calls = _Recorder(), _LinearCalls(model)
+    recorder, calls, norms = _Recorder(), _LinearCalls(model), _NormCalls(model)
     before = model.config._attn_implementation
     positions = torch.arange(_TOKENS, device=model.device).unsqueeze(0)
     ids = positions % model.config.get_text_config().vocab_size
@@ -91,6 +94,7 @@ def discover(model: PreTrainedModel) -> Discovery:
                 model(input_ids=ids, position_ids=positions, use_cache=False)
         finally:
             calls.remove()
+            norms.remove()
             model.set_attn_implementation(before)
     expected = model.config.get_text_config().num_hidden_layers
     if len(recorder.layers) != expected:
@@ -98,7 +102,7 @@ def discover(model: PreTrainedModel) -> Discovery:
             f"{type(model).__name__} cannot be served: expected {expected} layers to go through transformers' "
             f"attention interface, got {len(recorder.layers)}"
         )
-    return Discovery(tuple(recorder.layers), calls.token_wise())
+    return Discovery(tuple(recorder.layers), calls.token_wise(), norms.token_wise())
 
 
 class _LinearCalls:
@@ -119,6 +123,30 @@ class _LinearCalls:
     def token_wise(self) -> frozenset[str]:
         # routed experts see a part of the tokens, by accident perhaps all of these few
         return frozenset(n for n, rows in self._rows.items() if rows == [_TOKENS] and ".experts." not in n)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _NormCalls:
+    """Notes the shapes that every normalisation layer is called with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._shapes: dict[str, list[tuple[int, ...]]] = {}
+        self._hooks = [
+            norm.register_forward_pre_hook(partial(self._note, name)) for name, norm in norm_layers(model).items()
+        ]
+
+    def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._shapes.setdefault(name, []).append(tuple(args[0].shape))
+
+    def token_wise(self) -> frozenset[str]:
+        return frozenset(
+            name
+            for name, shapes in self._shapes.items()
+            if len(shapes) == 1 and len(shapes[0]) > 2 and shapes[0][:2] == (1, _TOKENS)
+        )
 
     def remove(self) -> None:
         for hook in self._hooks:

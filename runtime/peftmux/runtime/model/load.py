@@ -54,7 +54,9 @@ def fit_model(
     expected = reference_logits(module)
     anatomy = Anatomy.of(module)
     step = StepState()
-    swapper = Swapper(module, discovery.token_linears, choose_dense(module.device, module.dtype), step)
+    swapper = Swapper(
+        module, discovery.token_linears, discovery.token_norms, choose_dense(module.device, module.dtype), step
+    )
     swapper.run()
     module.set_attn_implementation(IMPLEMENTATION)
     model = LoadedModel(module, tokenizer, name, discovery.layers, anatomy, swapper, step, context_length)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLayer, ParameterSite
 from peftmux.adapters.experts import parameter_names
 from peftmux.kernels.head import HeadSite
 from peftmux.runtime.model.discover import AttentionLayer
@@ -80,6 +80,7 @@ class LoadedModel:
         self.places: Mapping[tuple[type, str], Site] = swapped.places
         """By type of part and name of place."""
         self.feed_forwards: Mapping[str, FeedForwardSite] = swapped.feed_forwards
+        self.norm_sites: Mapping[str, NormLayer] = swapped.norm_sites
         self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
         self.first_pass = swapped.first_pass
         self.step = step

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from peftmux.adapters.base import LinearSite
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.embedding import EmbeddingSite
-from peftmux.kernels.lowrank import LowRankSite
+from peftmux.kernels.inputs import InputScale, InputScaleSite, SliceInputSite
+from peftmux.kernels.lowrank import LowRankSite, Segments
+from peftmux.kernels.norms import NormSite
 from peftmux.kernels.routed import RoutedSite
-from peftmux.kernels.rows import RowsSite
+from peftmux.kernels.rows import ReplacedRows, RowsSite
+from peftmux.kernels.sparse import SparsePart, SparseSite
 from peftmux.runtime.model.dense import stack
 from peftmux.runtime.model.step import StepState
 
@@ -35,10 +40,39 @@ class Site(Protocol):
     def drop(self, slot: int) -> None: ...
 
 
+class SliceSite:
+    """One kind of part at one layer of a group: keeps the group's account of what has to be done beside low rank."""
+
+    def __init__(self, group: SiteGroup, site: Site) -> None:
+        self._group = group
+        self._site = site
+        self.prepare = site.prepare
+
+    def put(self, slot: int, prepared: Any) -> None:
+        self._site.put(slot, prepared)
+        self._group.note_occupied()
+
+    def drop(self, slot: int) -> None:
+        self._site.drop(slot)
+        self._group.note_occupied()
+
+
+class SliceChange(Site, Protocol):
+    """A site that changes one layer's outputs in place."""
+
+    @property
+    def empty(self) -> bool: ...
+
+    def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None:
+        """y: [T, out], a view of the group's output, x: [T, in]."""
+        ...
+
+
 class SiteGroup:
     """Linear layers that read the same input (q, k and v; gate and up; or one alone), computed together.
 
-    `lowrank` holds the adapters; it is changed between steps only, by the thread that runs the model.
+    Adapters are changed between steps only, by the thread that runs the model. At each layer replaced rows come first,
+    then sparse changes, then the low rank with its scale and bias.
     """
 
     def __init__(
@@ -55,27 +89,61 @@ class SiteGroup:
         self.sizes = [s.out_features for s in sites]
         self.dense = dense(weight, bias)
         self.lowrank = LowRankSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
-        self.rows = RowsSite(weight.dtype, weight.device)
-        """Used where the group is one site."""
         self.routed = RoutedSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
         self.biases = tuple(biases)
         self._step = step
         self._segments = attrgetter(segments)
+        self._input = InputScaleSite(weight.device)
+        """Used where the group is one layer."""
+        self._slices = self._slice_sites(weight.dtype, weight.device)
+        self._occupied: list[tuple[slice, SliceChange]] = []
+        """Those of `_slices` that hold something, and `_input` as it is: read in every step."""
+        self._scales_input = False
+
+    def _slice_sites(self, dtype: torch.dtype, device: torch.device) -> list[tuple[slice, dict[type, SliceChange]]]:
+        """Of each layer its columns, and what can be there by type of part, in the order in which it is applied."""
+        found: list[tuple[slice, dict[type, SliceChange]]] = []
+        start = 0
+        for index, site in enumerate(self.sites):
+            kinds: dict[type, SliceChange] = {ReplacedRows: RowsSite(dtype, device)}
+            if len(self.sites) > 1:
+                kinds[InputScale] = SliceInputSite(device, partial(self._one, index))
+            kinds[SparsePart] = SparseSite(site.in_features, site.out_features, device)
+            found.append((slice(start, start + site.out_features), kinds))
+            start += site.out_features
+        return found
+
+    def places(self, index: int) -> dict[type, Site]:
+        """Where the parts of one layer go, by their type, its low-rank part aside."""
+        kinds: dict[type, Site] = {kind: SliceSite(self, site) for kind, site in self._slices[index][1].items()}
+        if len(self.sites) == 1:
+            kinds[InputScale] = SliceSite(self, self._input)
+        return kinds
+
+    def note_occupied(self) -> None:
+        self._scales_input = not self._input.empty
+        self._occupied = [(cols, s) for cols, kinds in self._slices for s in kinds.values() if not s.empty]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., N], the slices of all sites side by side."""
+        if self._scales_input:
+            x = self._input.scaled(x.reshape(-1, x.shape[-1]), self._segments(self._step.inputs)).view(x.shape)
         y = self.dense(x)
-        if not (self.lowrank.empty and self.rows.empty and self.routed.empty):
+        if self._occupied or not (self.lowrank.empty and self.routed.empty):
             self._adapt(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
         return y
 
     def _adapt(self, y: Tensor, x: Tensor) -> None:
         segments = self._segments(self._step.inputs)
-        if not self.rows.empty:
-            self.rows.apply(y, x, segments)
+        for columns, site in self._occupied:
+            site.apply(y[:, columns], x, segments)
         self.lowrank.apply(y, x, segments)
         if not self.routed.empty:
             self.routed.apply(y, x, segments, self._step.inputs.shares)
+
+    def _one(self, index: int, x: Tensor) -> Tensor:
+        """The base's output of one layer: [T, in] -> [T, out]."""
+        return linear(x, self.weight(index), self.biases[index])
 
     def weight(self, index: int) -> Tensor:
         """[out, in] of one site."""
@@ -106,6 +174,27 @@ class SiteEmbedding(nn.Module):
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
+
+
+class SiteNorm(nn.Module):
+    """Stands where a normalisation layer stood."""
+
+    def __init__(self, base: nn.Module, step: StepState) -> None:
+        super().__init__()
+        self.base = base
+        self.site = NormSite(base)
+        self._step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if not self.site.empty:
+            self.site.apply(y, x, self._step.inputs.segments)
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """For model code that reads a layer's weight (its dtype, as a rule)."""
+        return self.base.weight  # type: ignore[return-value]
 
 
 class SiteLinear(nn.Module):

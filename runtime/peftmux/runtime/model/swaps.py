@@ -12,23 +12,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import FeedForwardSite, LinearSite, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, LinearSite, NormLayer, ParameterSite
 from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.adapters.feed_forward import feed_forward
+from peftmux.adapters.norms import norm_site
 from peftmux.adapters.parts import FIRST_PASS, ClassifierPart
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.mixture import MixturePart
+from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart
-from peftmux.kernels.rows import ReplacedRows
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.first_pass import FirstPass
 from peftmux.runtime.model.mixtures import MixedForward, Mixtures
 from peftmux.runtime.model.rotary import swap_rotary
-from peftmux.runtime.model.sites import Site, SiteEmbedding, SiteGroup, SiteLinear, SiteRef, layer_weight, siblings
+from peftmux.runtime.model.sites import (
+    Site,
+    SiteEmbedding,
+    SiteGroup,
+    SiteLinear,
+    SiteNorm,
+    SiteRef,
+    layer_weight,
+    siblings,
+)
 from peftmux.runtime.model.step import StepState
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -41,11 +51,13 @@ class Swapper:
         self,
         model: PreTrainedModel,
         token_linears: frozenset[str],
+        token_norms: frozenset[str],
         dense: DenseForm,
         step: StepState,
     ) -> None:
         self._model = model
         self._token_linears = token_linears
+        self._token_norms = token_norms
         self._dense = dense
         self._step = step
         self._fast = choose_elementwise(model.device, model.dtype)
@@ -55,6 +67,7 @@ class Swapper:
         """By type of part and name of place: where every part goes that is not at a linear site's low rank."""
         self.first_pass = FirstPass(model.device)
         self.places[ClassifierPart, FIRST_PASS] = self.first_pass
+        self.norm_sites: dict[str, NormLayer] = {}
         self.parameter_sites: dict[str, ParameterSite] = {}
         self.feed_forwards: dict[str, FeedForwardSite] = {}
 
@@ -69,8 +82,17 @@ class Swapper:
                 full = f"{path}.{name}" if path else name
                 if type(child) in (nn.Linear, Conv1D):
                     setattr(parent, name, SiteLinear(self._group([full], [child])))
-                elif is_rms_norm(child):
-                    setattr(parent, name, FastRMSNorm(child, self._fast))
+                elif full in self._token_norms or is_rms_norm(child):
+                    setattr(parent, name, self._norm(full, child))
+
+    def _norm(self, name: str, norm: nn.Module) -> nn.Module:
+        fast = FastRMSNorm(norm, self._fast) if is_rms_norm(norm) else norm
+        if name not in self._token_norms:
+            return fast
+        swapped = SiteNorm(fast, self._step)
+        self.norm_sites[name] = norm_site(name, norm)
+        self.places[NormPart, name] = swapped.site
+        return swapped
 
     def _swap_embedding(self) -> None:
         table = self._model.get_input_embeddings()
@@ -132,9 +154,8 @@ class Swapper:
         for index, name in enumerate(names):
             if name in self._token_linears:
                 self.sites[name] = SiteRef(group, index)
+                self.places |= {(kind, name): place for kind, place in group.places(index).items()}
                 self.places[RoutedPart, name] = group.routed.slice(index)
-                if len(names) == 1:
-                    self.places[ReplacedRows, name] = group.rows
         return group
 
 

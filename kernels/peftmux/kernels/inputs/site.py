@@ -1,0 +1,68 @@
+"""The adapters that scale the input of one linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.inputs.reference import InputScale, scale_input
+from peftmux.kernels.lowrank import Segments
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedScale:
+    """A part on its device, in float32: owned by the site once put."""
+
+    part: InputScale
+    nbytes: int
+
+
+class InputScaleSite:
+    """Where the layer has its input to itself. `prepare` may run in any thread; the rest belongs to the model's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[int, InputScale] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not self._held
+
+    def prepare(self, part: InputScale) -> PreparedScale:
+        scale = part.scale.to(self._device).contiguous()
+        return PreparedScale(InputScale(scale), scale.nbytes)
+
+    def put(self, slot: int, prepared: PreparedScale) -> None:
+        self._held[slot] = prepared.part
+
+    def drop(self, slot: int) -> None:
+        self._held.pop(slot, None)
+
+    def scaled(self, x: Tensor, segments: Segments) -> Tensor:
+        """x: [T, in] -> itself where no token's adapter scales it, else a copy in which those rows are scaled."""
+        runs = [(self._held[slot], start, end) for slot, start, end in segments.runs if slot in self._held]
+        if not runs:
+            return x
+        copy = x.clone()
+        for part, start, end in runs:
+            copy[start:end] = scale_input(x[start:end], part)
+        return copy
+
+
+class SliceInputSite(InputScaleSite):
+    """Where siblings share the input: this layer's slice of their output is computed again for the rows concerned."""
+
+    def __init__(self, device: torch.device, layer: Callable[[Tensor], Tensor]) -> None:
+        """layer: [T, in] -> [T, out], the base's."""
+        super().__init__(device)
+        self._layer = layer
+
+    def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None:
+        """Write, in place, the outputs of tokens whose adapter scales the input. y: [T, out], x: [T, in]."""
+        for slot, start, end in segments.runs:
+            part = self._held.get(slot)
+            if part is not None:
+                y[start:end] = self._layer(scale_input(x[start:end], part))

@@ -1,0 +1,58 @@
+"""The adapters with parameters of their own for one normalisation layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.norms.reference import NormPart, apply_norm_part
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedNorm:
+    """A part on its device, in the norm's dtype: owned by the site once put."""
+
+    part: NormPart
+    nbytes: int
+
+
+class NormSite:
+    """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        weight = norm.weight
+        assert isinstance(weight, Tensor)
+        self._norm = norm
+        self._dtype, self._device = weight.dtype, weight.device
+        self._held: dict[int, NormPart] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not self._held
+
+    def prepare(self, part: NormPart) -> PreparedNorm:
+        weight, bias = (None if t is None else self._place(t) for t in (part.weight, part.bias))
+        return PreparedNorm(NormPart(weight, bias), sum(t.nbytes for t in (weight, bias) if t is not None))
+
+    def _place(self, values: Tensor) -> Tensor:
+        placed = values.to(self._device, self._dtype).contiguous()
+        if not placed.isfinite().all():
+            raise ValueError(f"expected a norm's parameters to be finite as {self._dtype}")
+        return placed
+
+    def put(self, slot: int, prepared: PreparedNorm) -> None:
+        self._held[slot] = prepared.part
+
+    def drop(self, slot: int) -> None:
+        self._held.pop(slot, None)
+
+    @torch.inference_mode()
+    def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None:
+        """Write, in place, the outputs of tokens whose adapter has a part here. x, y: [1, T, ..., D]."""
+        for slot, start, end in segments.runs:
+            part = self._held.get(slot)
+            if part is not None:
+                y[:, start:end] = apply_norm_part(self._norm, x[:, start:end], part)
