@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,11 +14,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from peftmux.adapters.parts import EmbeddingPart, ExpertsPart, LinearPart, LoweredAdapter, ReplacedRows, RouterPart
+from peftmux.adapters.parts import (
+    EmbeddingPart,
+    ExpertsPart,
+    InputScale,
+    LinearPart,
+    LoweredAdapter,
+    NormPart,
+    ReplacedRows,
+    RouterPart,
+    SparsePart,
+)
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.embedding import apply_embedding_part
+from peftmux.kernels.inputs import scale_input
 from peftmux.kernels.lowrank import apply_linear_part
+from peftmux.kernels.norms import apply_norm_part
 from peftmux.kernels.rows import apply_replaced_rows
+from peftmux.kernels.sparse import apply_sparse_part
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -60,7 +74,35 @@ _CHANGES: dict[type, Any] = {
     LinearPart: apply_linear_part,
     ReplacedRows: apply_replaced_rows,
     EmbeddingPart: apply_embedding_part,
+    SparsePart: apply_sparse_part,
 }
+
+
+def _hook_norm(norm: nn.Module, part: NormPart, active: Tensor) -> Any:
+    plain = copy.deepcopy(norm)  # without the hook
+
+    def changed(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where(_along(active, output), apply_norm_part(plain, inputs[0], part), output)
+
+    return norm.register_forward_hook(changed)
+
+
+def _along(active: Tensor, output: Tensor) -> Tensor:
+    """active: [rows * T, 1], shaped for an output [rows * T, D], [rows, T, ..., D] or [rows, heads, T, D]."""
+    if output.dim() == 2:
+        return active
+    rows = output.shape[0]
+    if output.shape[1] * rows == len(active):
+        return active.view(rows, -1, *[1] * (output.dim() - 2))
+    return active.view(rows, 1, -1, 1)
+
+
+def _hook_input(layer: nn.Module, part: InputScale, active: Tensor) -> Any:
+    def scaled(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        return (torch.where(active.view(*x.shape[:-1], 1), scale_input(x, part), x), *inputs[1:])
+
+    return layer.register_forward_pre_hook(scaled)
 
 
 @contextmanager
@@ -87,6 +129,8 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
         for s, p in parts
         if type(p) in _CHANGES
     ]
+    handles += [_hook_norm(module.get_submodule(s), p, active) for s, p in parts if isinstance(p, NormPart)]
+    handles += [_hook_input(module.get_submodule(s), p, active) for s, p in parts if isinstance(p, InputScale)]
     try:
         yield
     finally:

@@ -167,8 +167,16 @@ def test_tokens_of_a_head_with_a_bias_are_refused(tmp_path):
     assert "without bias" in message
 
 
-@pytest.mark.parametrize("saved", ["norm", "mlp", "layers.1.self_attn.q_proj"])
-def test_other_modules_to_save_are_refused(saved, tmp_path):
+@pytest.mark.parametrize(("name", "saved"), [("llama", "norm"), ("llama", "q_proj"), ("gpt2", "c_fc"), ("opt", "fc1")])
+def test_other_modules_to_save(name, saved, tmp_path, adapted_logits):
+    """Linear and normalisation layers, biases included, Conv1D too."""
+    save(name, lora(target_modules=names(name, "head"), modules_to_save=[saved]), tmp_path)
+    adapter = check(name, tmp_path, adapted_logits)
+    assert any(place.endswith(saved) for place in adapter.parts.others)
+
+
+@pytest.mark.parametrize("saved", ["mlp"])
+def test_modules_of_modules_to_save_are_refused(saved, tmp_path):
     save("llama", lora(target_modules=["v_proj"], modules_to_save=["lm_head", saved]), tmp_path)
     reason, message = refused("llama", tmp_path)
     assert reason == "UNSUPPORTED_SITE"

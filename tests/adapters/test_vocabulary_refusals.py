@@ -116,7 +116,8 @@ EMBED_HEAD: Cases = {
 
 SAVED: Cases = {
     "unknown": (Reason.UNKNOWN_SITE, "got 'score'", saved(["lm_head", "embed_tokens", "score"])),
-    "a norm": (Reason.UNSUPPORTED_SITE, "model.embed_tokens or lm_head", saved(["lm_head", "embed_tokens", "norm"])),
+    "a block": (Reason.UNSUPPORTED_SITE, "model.embed_tokens or lm_head", saved(["lm_head", "embed_tokens", "mlp"])),
+    "a norm": (Reason.MISSING_TENSOR, "model.norm.weight [32]", saved(["lm_head", "embed_tokens", "model.norm"])),
     "everything": (Reason.UNSUPPORTED_SITE, "field modules_to_save", saved([""])),
     "not a list": (Reason.INVALID_FIELD, "field modules_to_save: expected a list", saved("lm_head")),
     "not texts": (Reason.INVALID_FIELD, "field modules_to_save", saved([["lm_head"]])),

@@ -22,10 +22,12 @@ class PreparedNorm:
 class NormSite:
     """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, token_dim: int) -> None:
+        """token_dim: of the norm's input, along which the tokens lie."""
         weight = norm.weight
         assert isinstance(weight, Tensor)
         self._norm = norm
+        self._token_dim = token_dim
         self._dtype, self._device = weight.dtype, weight.device
         self._held: dict[int, NormPart] = {}
 
@@ -51,8 +53,9 @@ class NormSite:
 
     @torch.inference_mode()
     def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None:
-        """Write, in place, the outputs of tokens whose adapter has a part here. x, y: [1, T, ..., D]."""
+        """Write, in place, the outputs of tokens whose adapter has a part here. x, y: [..., D]."""
         for slot, start, end in segments.runs:
             part = self._held.get(slot)
             if part is not None:
-                y[:, start:end] = apply_norm_part(self._norm, x[:, start:end], part)
+                given = x.narrow(self._token_dim, start, end - start)
+                y.narrow(self._token_dim, start, end - start).copy_(apply_norm_part(self._norm, given, part))

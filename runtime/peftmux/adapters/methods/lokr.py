@@ -72,13 +72,13 @@ def _claim(found: Targeted, site: LinearSite, rank: int) -> tuple[tuple[str, ...
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """Two factors of a size, the smaller first: `factor` and its partner where it divides, else the closest pair
-    whose smaller is at most `factor` (-1: any), as LyCORIS and PEFT choose them.
+    """Two factors of a size: `factor` and its partner where it divides, else the closest pair, the smaller first and
+    at most `factor` (-1: any), as LyCORIS and PEFT choose them.
     """
     if factor == 0 or factor < -1:
         raise AdapterInvalid(Reason.INVALID_FIELD, f"field decompose_factor: expected -1 or 1 and more, got {factor}")
     if factor > 0 and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
+        return factor, size // factor
     limit = size if factor == -1 else factor
     small = max(d for d in range(1, int(size**0.5) + 1) if size % d == 0 and d <= limit)
     return small, size // small

@@ -146,7 +146,8 @@ def _plan_tokens(
     plan: dict[str, Replacement] = {}
     for module in sorted(tokens, key=lambda module: module != base.embedding):
         source = plan.get(base.embedding)
-        if base.tied and source is not None and source.ids == tokens[module]:
+        own = f"{PREFIX}{module}.{suffix}" in ledger
+        if base.tied and source is not None and source.ids == tokens[module] and not own:
             plan[module] = source
         else:
             plan[module] = _plan_rows(module, tokens[module], base, ledger, suffix)

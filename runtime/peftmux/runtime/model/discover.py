@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,6 @@ from peftmux.runtime.errors import UnsupportedModel
 _DISCOVERY = "peftmux_discovery"
 _REGISTERED = threading.Lock()
 """The interface's table is the process's: two models that load at once must not find each other's layers."""
-_TOKENS = 5
 _HONOURED = {"scaling", "sliding_window", "softcap", "s_aux"}
 _IRRELEVANT = {
     "dropout": "evaluation only",
@@ -72,8 +72,8 @@ class Discovery:
     """In call order."""
     token_linears: frozenset[str]
     """Linear layers called once with a row for each token: those an adapter's rows can be told apart in."""
-    token_norms: frozenset[str]
-    """Normalisation layers called once with the tokens along their input's second dimension."""
+    token_norms: Mapping[str, int]
+    """Normalisation layers called once with a row for each token, and the dimension along which the tokens lie."""
 
 
 def discover(model: PreTrainedModel) -> Discovery:
@@ -82,9 +82,10 @@ def discover(model: PreTrainedModel) -> Discovery:
     Families that never call the attention interface keep their own attention silently, so layers are counted.
     Raises UnsupportedModel.
     """
-    recorder, calls, norms = _Recorder(), _LinearCalls(model), _NormCalls(model)
+    tokens = _token_count(model)
+    recorder, calls, norms = _Recorder(), _LinearCalls(model, tokens), _NormCalls(model, tokens)
     before = model.config._attn_implementation
-    positions = torch.arange(_TOKENS, device=model.device).unsqueeze(0)
+    positions = torch.arange(tokens, device=model.device).unsqueeze(0)
     ids = positions % model.config.get_text_config().vocab_size
     with _REGISTERED:
         AttentionInterface.register(_DISCOVERY, recorder)
@@ -105,10 +106,18 @@ def discover(model: PreTrainedModel) -> Discovery:
     return Discovery(tuple(recorder.layers), calls.token_wise(), norms.token_wise())
 
 
+def _token_count(model: PreTrainedModel) -> int:
+    """A few tokens: as many as there is nothing else of, so that their dimension is known by its size."""
+    config = model.config.get_text_config()
+    sizes = {value for value in config.to_dict().values() if isinstance(value, int)}
+    return next(count for count in (5, 7, 11, 13, 17, 19) if count not in sizes)
+
+
 class _LinearCalls:
     """Counts, for every linear layer, how often it is called and with how many rows."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        self._tokens = tokens
         self._rows: dict[str, list[int]] = {}
         self._hooks = [
             module.register_forward_pre_hook(partial(self._note, name))
@@ -122,7 +131,7 @@ class _LinearCalls:
 
     def token_wise(self) -> frozenset[str]:
         # routed experts see a part of the tokens, by accident perhaps all of these few
-        return frozenset(n for n, rows in self._rows.items() if rows == [_TOKENS] and ".experts." not in n)
+        return frozenset(n for n, rows in self._rows.items() if rows == [self._tokens] and ".experts." not in n)
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -132,21 +141,19 @@ class _LinearCalls:
 class _NormCalls:
     """Notes the shapes that every normalisation layer is called with."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        self._tokens = tokens
         self._shapes: dict[str, list[tuple[int, ...]]] = {}
         self._hooks = [
             norm.register_forward_pre_hook(partial(self._note, name)) for name, norm in norm_layers(model).items()
         ]
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._shapes.setdefault(name, []).append(tuple(args[0].shape))
+        self._shapes.setdefault(name, []).append(tuple(args[0].shape[:-1]))
 
-    def token_wise(self) -> frozenset[str]:
-        return frozenset(
-            name
-            for name, shapes in self._shapes.items()
-            if len(shapes) == 1 and len(shapes[0]) > 2 and shapes[0][:2] == (1, _TOKENS)
-        )
+    def token_wise(self) -> dict[str, int]:
+        once = {name: shapes[0] for name, shapes in self._shapes.items() if len(shapes) == 1}
+        return {name: shape.index(self._tokens) for name, shape in once.items() if shape.count(self._tokens) == 1}
 
     def remove(self) -> None:
         for hook in self._hooks:

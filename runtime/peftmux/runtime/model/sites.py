@@ -179,10 +179,10 @@ class SiteEmbedding(nn.Module):
 class SiteNorm(nn.Module):
     """Stands where a normalisation layer stood."""
 
-    def __init__(self, base: nn.Module, step: StepState) -> None:
+    def __init__(self, base: nn.Module, step: StepState, token_dim: int) -> None:
         super().__init__()
         self.base = base
-        self.site = NormSite(base)
+        self.site = NormSite(base, token_dim)
         self._step = step
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ original's numbers on random input. The whole model is compared with the origina
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ class Swapper:
         self,
         model: PreTrainedModel,
         token_linears: frozenset[str],
-        token_norms: frozenset[str],
+        token_norms: Mapping[str, int],
         dense: DenseForm,
         step: StepState,
     ) -> None:
@@ -89,7 +89,7 @@ class Swapper:
         fast = FastRMSNorm(norm, self._fast) if is_rms_norm(norm) else norm
         if name not in self._token_norms:
             return fast
-        swapped = SiteNorm(fast, self._step)
+        swapped = SiteNorm(fast, self._step, self._token_norms[name])
         self.norm_sites[name] = norm_site(name, norm)
         self.places[NormPart, name] = swapped.site
         return swapped
