@@ -28,8 +28,14 @@ GENERATES = {
     "peft/llama/trainable_tokens": "trainable-tokens",
     "peft/llama/vera": "vera",
     "peft/llama/vera_noproj": "vera",
+    "peft/llama/multitask_prompt": "multitask-prompt",
     "peft/llama/prefix": "prefix",
     "peft/llama/prefix_projection": "prefix",
+    "peft/llama/prompt_random": "prompt",
+    "peft/llama/prompt_text": "prompt",
+    "peft/llama/prompt_vocab": "prompt",
+    "peft/llama/ptuning_lstm": "p-tuning",
+    "peft/llama/ptuning_mlp": "p-tuning",
     "peft/qwen2/lora": "lora",
     "peft/qwen2/lora_alora": "lora",
     "peft/qwen2/lora_bias_all": "lora",
@@ -42,8 +48,13 @@ GENERATES = {
     "peft/qwen2/lora_trainable_tokens": "lora",
     "peft/qwen2/ia3": "ia3",
     "peft/qwen2/prefix": "prefix",
+    "peft/qwen2/prompt_random": "prompt",
 }
 """Folder -> kind, of adapters of a causal language model."""
+TASKS = {
+    "peft/llama/multitask_prompt": (0, 2),
+}
+"""Folder -> the task that each row of its expected values is of."""
 HALF = {
     "peft/llama/lora.bf16base": "lora",
     "peft/llama/lora_dora.bf16base": "dora",
@@ -64,6 +75,10 @@ CLASSIFIES = {
     "peft/llama/shira.token_cls": "shira",
     "peft/llama/prefix.seq_cls": "prefix",
     "peft/llama/prefix.token_cls": "prefix",
+    "peft/llama/prompt_random.seq_cls": "prompt",
+    "peft/llama/prompt_random.token_cls": "prompt",
+    "peft/llama/ptuning_mlp.seq_cls": "p-tuning",
+    "peft/llama/ptuning_mlp.token_cls": "p-tuning",
     "peft/qwen2/lora.seq_cls": "lora",
     "peft/qwen2/prefix.token_cls": "prefix",
 }
@@ -82,20 +97,9 @@ REFUSED = {
     "peft/llama/cartridge": ("UNSUPPORTED_METHOD", "CARTRIDGE"),
     "peft/llama/lora_bdlora": ("UNSUPPORTED_FIELD", "use_bdlora"),
     "peft/llama/miss": ("UNSUPPORTED_METHOD", "MISS"),
-    "peft/llama/multitask_prompt": ("UNSUPPORTED_METHOD", "MULTITASK_PROMPT_TUNING"),
     "peft/llama/oft": ("UNSUPPORTED_METHOD", "OFT"),
-    "peft/llama/prompt_random": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
-    "peft/llama/prompt_random.seq_cls": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
-    "peft/llama/prompt_random.token_cls": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
-    "peft/llama/prompt_text": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
-    "peft/llama/prompt_vocab": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
-    "peft/llama/ptuning_lstm": ("UNSUPPORTED_METHOD", "P_TUNING"),
-    "peft/llama/ptuning_mlp": ("UNSUPPORTED_METHOD", "P_TUNING"),
-    "peft/llama/ptuning_mlp.seq_cls": ("UNSUPPORTED_METHOD", "P_TUNING"),
-    "peft/llama/ptuning_mlp.token_cls": ("UNSUPPORTED_METHOD", "P_TUNING"),
     "peft/llama/shadow": ("UNSUPPORTED_METHOD", "SHADOW"),
     "peft/llama/xlora": ("MISSING_TENSOR", "classifier.layers.0.weight"),
-    "peft/qwen2/prompt_random": ("UNSUPPORTED_METHOD", "PROMPT_TUNING"),
 }
 """Folder -> (reason, what the message names)."""
 PIECES = {

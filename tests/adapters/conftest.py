@@ -66,7 +66,7 @@ def qwen2(load_base: Any) -> TorchBase:
 
 @pytest.fixture(scope="session")
 def adapted_logits() -> Any:
-    """(module, lowered adapter, ids [rows, T]) -> logits [rows, T, vocabulary]."""
+    """(module, lowered adapter, ids [rows, T], tasks of the rows) -> logits [rows, T, vocabulary]."""
     return _logits
 
 
@@ -151,9 +151,15 @@ def _active(ids: Tensor, invocation: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(module: Any, adapter: LoweredAdapter, ids: Tensor) -> Tensor:
-    """The adapted model's logits for unpadded rows `ids` [rows, T]: [rows, T, vocabulary]."""
+def _logits(module: Any, adapter: LoweredAdapter, ids: Tensor, tasks: tuple[int, ...] = ()) -> Tensor:
+    """The adapted model's logits for unpadded rows `ids` [rows, T]: [rows, T, vocabulary], virtual tokens in front."""
     with _parts(module, adapter, ids):
+        if adapter.parts.virtual is not None:
+            prompts = adapter.parts.virtual.embeddings[list(tasks or (0,))].to(module.dtype)  # [rows or 1, n, D]
+            real = module.get_input_embeddings()(ids)
+            embeddings = torch.cat([prompts.expand(len(ids), -1, -1), real], 1)
+            whole: Tensor = module(inputs_embeds=embeddings).logits
+            return whole
         if adapter.parts.prefix is None:
             plain: Tensor = module(input_ids=ids).logits
             return plain

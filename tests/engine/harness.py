@@ -95,6 +95,7 @@ def request(
     stream: bool = True,
     deadline: float | None = None,
     priority: int = 0,
+    task: int | None = None,
     **stopping: Any,
 ) -> GenerationRequest:
     """Greedy and past end tokens unless told otherwise."""
@@ -107,6 +108,7 @@ def request(
         priority=priority,
         deadline=deadline,
         stream=stream,
+        task=task,
     )
 
 

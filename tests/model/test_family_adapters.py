@@ -56,8 +56,9 @@ def save_adapter(family: str, config: PeftConfig, folder: Path) -> Any:
 
 
 @asynccontextmanager
-async def engine_for(family: str, root: Path) -> AsyncIterator[LocalEngine]:
-    config = EngineConfig(model=family, adapters_root=str(root), max_batch_tokens=8, block_size=4, num_threads=1)
+async def engine_for(family: str, root: Path, **settings: Any) -> AsyncIterator[LocalEngine]:
+    settings = {"max_batch_tokens": 8, "block_size": 4, "num_threads": 1, **settings}
+    config = EngineConfig(model=family, adapters_root=str(root), **settings)
     engine = build_engine(fit_model(build(family), None, family), config, NullObserver())
     try:
         yield engine

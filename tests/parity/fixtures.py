@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.engine.harness import FIXTURES
-from tests.folders import GENERATES, HALF
+from tests.folders import GENERATES, HALF, TASKS
 
 INVOCATION = [9, 10]
 """Of lora_alora, which leaves a prompt without it to the base."""
@@ -24,8 +24,9 @@ class Case:
     row: int
     ids: list[int]
     logprobs: Tensor
-    """[T, V] float32."""
+    """[T, V] float32, of the real tokens."""
     greedy: list[int]
+    task: int | None = None
 
     @property
     def invoked(self) -> bool:
@@ -42,6 +43,12 @@ def folders(base: str, *, half: bool = False) -> list[str]:
     return sorted(name.split("/")[2] for name in (HALF if half else GENERATES) if name.startswith(f"peft/{base}/"))
 
 
+def task_of(base: str, folder: str, row: int = 0) -> int | None:
+    """None where the adapter has no tasks."""
+    tasks = TASKS.get(f"peft/{base}/{folder}")
+    return tasks[row] if tasks else None
+
+
 def cases(base: str, *, half: bool = False) -> list[Case]:
     return [case for folder in folders(base, half=half) for case in _cases(base, folder)]
 
@@ -49,7 +56,15 @@ def cases(base: str, *, half: bool = False) -> list[Case]:
 def _cases(base: str, folder: str) -> list[Case]:
     expected = load_file(Path(FIXTURES, "peft", base, folder, "expected.safetensors"))
     return [
-        Case(base, folder, row, ids.tolist(), logits.float().log_softmax(-1), greedy.tolist())
+        Case(
+            base,
+            folder,
+            row,
+            ids.tolist(),
+            logits[-len(ids) :].float().log_softmax(-1),
+            greedy.tolist(),
+            task_of(base, folder, row),
+        )
         for row, (ids, logits, greedy) in enumerate(
             zip(expected["input_ids"], expected["logits"], expected["greedy_ids"], strict=True)
         )

@@ -10,7 +10,7 @@ from peftmux.adapters.errors import AdapterInvalid
 from tests.engine.harness import FIXTURES, Answer, ask, ask_all, load, request, running
 from tests.folders import REFUSED
 from tests.parity.conftest import Served
-from tests.parity.fixtures import INVOCATION, cases, folders
+from tests.parity.fixtures import INVOCATION, cases, folders, task_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -45,7 +45,9 @@ def check(answer: Answer, ids: list[int], logprobs: Tensor, greedy: list[int], t
 
 async def test_alone(served: Served) -> None:
     for case in served.cases:
-        answer = await ask(served.engine, request(case.ids, case.folder, len(case.greedy), prompt_logprobs=VOCABULARY))
+        answer = await ask(
+            served.engine, request(case.ids, case.folder, len(case.greedy), prompt_logprobs=VOCABULARY, task=case.task)
+        )
         check(answer, case.ids, case.logprobs, case.greedy)
         assert answer.revision == served.engine.get_adapter(case.folder).revision
         assert answer.usage is not None
@@ -56,7 +58,7 @@ async def test_all_in_one_batch_with_base_rows(served: Served, reference) -> Non
     prompts = [case.ids for case in served.cases[:2]]
     module = reference(served.base)
     served.steps.tokens.clear()
-    wanted = [request(c.ids, c.folder, len(c.greedy), prompt_logprobs=VOCABULARY) for c in served.cases]
+    wanted = [request(c.ids, c.folder, len(c.greedy), prompt_logprobs=VOCABULARY, task=c.task) for c in served.cases]
     wanted += [request(ids, "", 6, prompt_logprobs=VOCABULARY) for ids in prompts]
     answers = await ask_all(served.engine, wanted)
     for case, answer in zip(served.cases, answers, strict=False):
@@ -82,7 +84,7 @@ async def test_the_base_differs_from_every_adapter(served: Served) -> None:
 async def test_a_second_request_reads_the_cache(served: Served) -> None:
     """Prompts that no other test uses, so that the first of each pair computes all of it."""
     names = ["", *folders(served.base)]
-    wanted = [request([*INVOCATION, *range(40, 56)], name) for name in names]
+    wanted = [request([*INVOCATION, *range(40, 56)], name, task=task_of(served.base, name)) for name in names]
     first = await ask_all(served.engine, wanted)
     again = await ask_all(served.engine, wanted)
     for name, a, b in zip(names, first, again, strict=True):
@@ -100,7 +102,7 @@ async def test_adapters_do_not_share_a_cache() -> None:
             await load(engine, name)
         ids = [*INVOCATION, *range(20, 38)]
         for name in names:
-            assert (await ask(engine, request(ids, name))).cached == 0, name
+            assert (await ask(engine, request(ids, name, task=task_of("llama", name)))).cached == 0, name
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])

@@ -101,6 +101,11 @@ class BaseModel(Protocol):
         ...
 
     @property
+    def embedding_width(self) -> int:
+        """What the input embedding makes of a token; the hidden size, unless a projection follows."""
+        ...
+
+    @property
     def head(self) -> str | None:
         """The linear site that turns hidden states into logits; None where it is not a plain linear layer."""
         ...

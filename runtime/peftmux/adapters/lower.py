@@ -40,6 +40,8 @@ def lower(files: AdapterFiles, base: BaseModel) -> LoweredAdapter:
     parts = plan.build({name: _finite(f"tensor {name}", tensor) for name, tensor in files.tensors.items()})
     for place, part in parts.placed():
         _check_derived(place, part)
+    if parts.virtual is not None:
+        _finite("the virtual tokens that follow", parts.virtual.embeddings)
     return LoweredAdapter(
         kind=plan.kind,
         digest=files.digest,

@@ -36,6 +36,7 @@ __all__ = [
     "RoutedPart",
     "RouterPart",
     "SparsePart",
+    "VirtualTokens",
 ]
 
 FIRST_PASS = "(first pass)"
@@ -83,6 +84,28 @@ class KVPrefix:
 
 
 @dataclass(frozen=True, slots=True)
+class VirtualTokens:
+    """Vectors that stand before a row's first token as if they were the embeddings of tokens, at positions 0 .. n - 1.
+
+    Attention is causal, so their keys and values are the same for every row and are computed once, when placed.
+    """
+
+    embeddings: Tensor
+    """[prompts, n, D], fed to the model as its embedding layer's output: never scaled."""
+    by_task: bool = False
+    """Each prompt is a task's, and a request says which; otherwise there is one prompt."""
+
+    @property
+    def length(self) -> int:
+        return self.embeddings.shape[1]
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks a request chooses from; 0 where it does not."""
+        return self.embeddings.shape[0] if self.by_task else 0
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """What one adapter is made of. Tensors are float32 on the CPU; the device chooses its dtype."""
 
@@ -94,6 +117,8 @@ class Parts:
     prefix: KVPrefix | None = None
     head: Head | None = None
     """Reads the final hidden states; such an adapter classifies, and generates nothing."""
+    virtual: VirtualTokens | None = None
+    """Instead of a prefix, which it becomes."""
 
     def placed(self) -> Iterator[tuple[str, LinearPart | Part]]:
         """Every part that sits at a named place, with the name."""
@@ -126,9 +151,11 @@ class LoweredAdapter:
 
     @property
     def applied_sites(self) -> int:
-        """Places of the base that are changed, one for each attention layer with a prefix, and one for a head."""
-        prefix = self.parts.prefix
-        return len(self.parts.places) + (len(prefix.keys) if prefix else 0) + (self.parts.head is not None)
+        """Places of the base that are changed, one for each attention layer with a prefix, and one each for virtual
+        tokens and for a head."""
+        parts = self.parts
+        layers = len(parts.prefix.keys) if parts.prefix else 0
+        return len(parts.places) + layers + (parts.virtual is not None) + (parts.head is not None)
 
     @property
     def ranks(self) -> tuple[int, int]:

@@ -80,6 +80,10 @@ class TorchBase:
         table = self.module.get_input_embeddings()  # type: ignore[operator]
         return _path(self.module, table) if type(table) is nn.Embedding else ""
 
+    @property
+    def embedding_width(self) -> int:
+        return int(self.module.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
     @cached_property
     def head(self) -> str | None:
         head = self.module.get_output_embeddings()  # type: ignore[operator]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from peftmux.adapters.errors import AdapterError, AdapterInvalid, SourceNotFound
@@ -170,7 +172,7 @@ class AdapterManager:
                 f"adapter {job.name!r} is loaded with revision {old.digest}, got other content "
                 f"({lowered.digest}): set replace to make it the new revision"
             )
-        placed = await asyncio.wrap_future(self._thread.ask(lambda: self._placement.place(job.name, prepared)))
+        placed = await self._place(job.name, prepared)
         revision = Revision(
             name=job.name,
             digest=lowered.digest,
@@ -187,6 +189,18 @@ class AdapterManager:
         self.store.publish(entry, revision, job.source, seconds)
         self._observer.adapter_loaded(seconds)
         return self.info(entry)
+
+    async def _place(self, name: str, prepared: PreparedAdapter) -> Placed:
+        """On the device, its virtual tokens computed a chunk at a time: rows that run have a step between two."""
+        placed = await asyncio.wrap_future(self._thread.ask(lambda: self._placement.place(name, prepared)))
+        try:
+            for chunk in self._placement.chunks(placed, prepared):
+                await asyncio.wrap_future(self._thread.ask(partial(self._placement.compute, chunk)))
+        except BaseException:
+            with suppress(EngineDead):
+                self._thread.post(lambda: self._placement.remove(placed))
+            raise
+        return placed
 
     async def _unload(self, name: str, wait: bool) -> AdapterInfo:
         entry = self.store.unload(name)

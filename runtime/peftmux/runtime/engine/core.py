@@ -97,10 +97,11 @@ class EngineCore:
     def _row(self, active: ActiveRequest) -> NewRow:
         request = active.request
         placed = active.revision.placement if active.revision else BASE
-        virtual = placed.prefix.length if placed.prefix else 0
+        prefix = placed.prefix(request.task)
+        virtual = prefix.length if prefix else 0
         total = virtual + len(request.prompt) + active.max_tokens
         start = invocation_start(request.prompt, placed.invocation)
-        slot, salt, active_from = placed.slot, placed.salt, 0
+        slot, salt, active_from = placed.slot, placed.salt_of(request.task), 0
         if start is None:
             slot, salt = BASE.slot, BASE.salt
         elif placed.invocation:  # what stands before it depends on where it is
@@ -113,7 +114,7 @@ class EngineCore:
             sampling=request.sampling,
             output=request.output,
             salt=salt,
-            prefix=placed.prefix,
+            prefix=prefix,
             position_offset=placed.position_offset,
             min_tokens=request.stopping.min_tokens,
             end_token_ids=tuple(active.ends),

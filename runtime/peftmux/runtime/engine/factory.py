@@ -108,7 +108,7 @@ def build_engine(
     core = EngineCore(scheduler, runner, observer, release, config.max_queued_requests)
     thread = EngineThread(core, deliver, config.num_threads)
     loader = Loader(model, config.adapters_root, lambda lowered: prepare(model, lowered, config.block_size))
-    placement = DevicePlacement(scheduler, runner.cache, config.adapter_memory)
+    placement = DevicePlacement(scheduler, runner, config.adapter_memory)
     adapters = AdapterManager(loader, placement, thread, observer)
     info = _info(model, budget, config.max_queued_requests)
     engine = LocalEngine(

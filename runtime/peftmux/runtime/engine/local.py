@@ -210,8 +210,9 @@ class LocalEngine:
         placed = revision.placement if revision else BASE
         check_task(request, placed)
         reads = choose(placed)
-        virtual = placed.prefix.length if placed.prefix else 0
-        context, capacity = self._info.context_length, self._core.scheduler.max_row_tokens(placed.prefix)
+        prefix = placed.prefix(request.task)
+        virtual = prefix.length if prefix else 0
+        context, capacity = self._info.context_length, self._core.scheduler.max_row_tokens(prefix)
         if reads is not None:
             readout.check_room(len(request.prompt), virtual, context, capacity)
             if reads is Readout.SEQUENCE:

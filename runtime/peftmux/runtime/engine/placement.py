@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.parts import LoweredAdapter
+from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
-from peftmux.runtime.model.cache import PagedCache, block_bytes
+from peftmux.runtime.model.cache import block_bytes
 from peftmux.runtime.model.loaded import LoadedModel
+from peftmux.runtime.model.runner import Runner
 from peftmux.runtime.model.sites import Site, SiteGroup
 from peftmux.runtime.params import Readout
 from peftmux.runtime.scheduler import PrefixBlocks, Scheduler
@@ -28,6 +33,8 @@ class PreparedAdapter:
     """Names this adapter's keys and values in the prefix cache; b"" where they are the base model's."""
     size: int
     """Bytes on the device."""
+    virtual: Tensor | None = None
+    """[prompts, n, D] in the model's dtype on the CPU: what `DevicePlacement.chunks` computes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +42,8 @@ class Placed:
     """An adapter on the device. Owned by its revision in the store."""
 
     slot: int
-    prefix: PrefixBlocks | None
+    prefixes: tuple[PrefixBlocks, ...]
+    """None, one, or one for each task, all of one length."""
     first_position: int
     salt: bytes
     invocation: tuple[int, ...]
@@ -51,10 +59,18 @@ class Placed:
 
     @property
     def position_offset(self) -> int:
-        return self.first_position - (self.prefix.length if self.prefix else 0)
+        return self.first_position - (self.prefixes[0].length if self.prefixes else 0)
+
+    def prefix(self, task: int | None) -> PrefixBlocks | None:
+        """What stands before a row of this task; None is an adapter without tasks."""
+        return self.prefixes[task or 0] if self.prefixes else None
+
+    def salt_of(self, task: int | None) -> bytes:
+        """Names the keys and values of this task's rows in the prefix cache."""
+        return self.salt if task is None else self.salt + b"task" + task.to_bytes(4)
 
 
-BASE = Placed(slot=0, prefix=None, first_position=0, salt=b"", invocation=(), size=0, sites=())
+BASE = Placed(slot=0, prefixes=(), first_position=0, salt=b"", invocation=(), size=0, sites=())
 """The base model: nothing on top."""
 
 
@@ -63,7 +79,7 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
 
     AdapterInvalid for values that overflow the base's dtype, and for a prefix that leaves no room for a prompt.
     """
-    prefix = lowered.parts.prefix
+    prefix = lowered.parts.prefix or lowered.parts.virtual
     if prefix is not None and prefix.length >= model.context_length - 1:
         raise AdapterInvalid(
             Reason.TOO_LARGE,
@@ -72,12 +88,23 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
         )
     try:
         sites = _prepare_sites(model, lowered)
+        virtual = _prepare_virtual(model, lowered)
     except ValueError as error:
         raise AdapterInvalid(Reason.NOT_FINITE, f"in {model.dtype}: {error}") from error
     size = sum(prepared.nbytes for _, prepared in sites)
     if prefix is not None:
-        size += -(-prefix.length // block_size) * block_bytes(model.kv_shapes, block_size, model.dtype)
-    return PreparedAdapter(lowered, sites, _salt(model, lowered), size)
+        count = 1 if virtual is None else len(virtual)
+        size += count * -(-prefix.length // block_size) * block_bytes(model.kv_shapes, block_size, model.dtype)
+    return PreparedAdapter(lowered, sites, _salt(model, lowered), size, virtual)
+
+
+def _prepare_virtual(model: LoadedModel, lowered: LoweredAdapter) -> Tensor | None:
+    if lowered.parts.virtual is None:
+        return None
+    embeddings = lowered.parts.virtual.embeddings.to(model.dtype)
+    if not bool(embeddings.isfinite().all()):
+        raise ValueError("expected finite virtual tokens, got infinity")
+    return embeddings
 
 
 def _prepare_sites(model: LoadedModel, lowered: LoweredAdapter) -> tuple[tuple[Site, Any], ...]:
@@ -105,16 +132,17 @@ def _by_group(model: LoadedModel, lowered: LoweredAdapter) -> dict[SiteGroup, li
 
 def _salt(model: LoadedModel, lowered: LoweredAdapter) -> bytes:
     """An adapter of the output projection alone shares the base model's keys and values."""
-    touches = bool(lowered.parts.places - {model.head}) or lowered.parts.prefix is not None
+    parts = lowered.parts
+    touches = bool(parts.places - {model.head}) or parts.prefix is not None or parts.virtual is not None
     return bytes.fromhex(lowered.digest) if touches else b""
 
 
 class DevicePlacement:
     """Slots and bytes of all placed adapters. Used by the engine's thread, between steps."""
 
-    def __init__(self, scheduler: Scheduler, cache: PagedCache, budget: int | None) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, budget: int | None) -> None:
         self._scheduler = scheduler
-        self._cache = cache
+        self._runner = runner
         self._budget = budget
         self._free: list[int] = []
         self._next = 1
@@ -122,17 +150,22 @@ class DevicePlacement:
         """Held by adapters now."""
 
     def place(self, name: str, adapter: PreparedAdapter) -> Placed:
-        """All or nothing. AdapterMemoryExhausted where the budget or the KV cache has no room for it."""
+        """All or nothing. AdapterMemoryExhausted where the budget or the KV cache has no room for it.
+
+        Rows may use it when the last of `chunks` is computed.
+        """
         if self._budget is not None and self.bytes + adapter.size > self._budget:
             raise AdapterMemoryExhausted(
                 f"adapter {name!r} needs {adapter.size} bytes: expected at most {self._budget - self.bytes} of the "
                 f"adapter memory's {self._budget}, the rest is held by other adapters"
             )
-        blocks, prefix = None, adapter.lowered.parts.prefix
-        if prefix is not None:
-            blocks = self._scheduler.allocate_prefix(prefix.length, name)
-            self._cache.write_prefix(blocks.blocks, prefix)
-        head = adapter.lowered.parts.head
+        parts = adapter.lowered.parts
+        first_position, prefixes = 0, self._place_prefixes(name, adapter)
+        if parts.prefix is not None:
+            first_position = parts.prefix.first_position
+        elif parts.virtual is not None:
+            first_position = parts.virtual.length
+        head = parts.head
         slot = self._free.pop() if self._free else self._next
         self._next = max(self._next, slot + 1)
         for site, prepared in adapter.sites:
@@ -140,21 +173,47 @@ class DevicePlacement:
         self.bytes += adapter.size
         return Placed(
             slot=slot,
-            prefix=blocks,
-            first_position=prefix.first_position if prefix else 0,
+            prefixes=prefixes,
+            first_position=first_position,
             salt=adapter.salt,
             invocation=adapter.lowered.invocation,
             size=adapter.size,
             sites=tuple(site for site, _ in adapter.sites),
             readout=None if head is None else _READOUTS[head.kind],
             labels=() if head is None else head.labels,
+            tasks=parts.virtual.tasks if parts.virtual else 0,
         )
+
+    def _place_prefixes(self, name: str, adapter: PreparedAdapter) -> tuple[PrefixBlocks, ...]:
+        """Blocks for all that stands before rows. Stored keys and values are written, virtual tokens are not yet."""
+        stored, virtual = adapter.lowered.parts.prefix, adapter.virtual
+        if stored is not None:
+            blocks = self._scheduler.allocate_prefix(stored.length, name)
+            self._runner.cache.write_prefix(blocks.blocks, stored)
+            return (blocks,)
+        placed: list[PrefixBlocks] = []
+        try:
+            for prompt in () if virtual is None else virtual:
+                placed.append(self._scheduler.allocate_prefix(len(prompt), name))
+        except AdapterMemoryExhausted:
+            for prefix in placed:
+                self._scheduler.free_prefix(prefix)
+            raise
+        return tuple(placed)
+
+    def chunks(self, placed: Placed, adapter: PreparedAdapter) -> Iterator[Chunk]:
+        """The work of computing the virtual tokens' keys and values, each no more than a step may be."""
+        if adapter.virtual is not None:
+            yield from chunks(placed.slot, placed.prefixes, adapter.virtual, self._scheduler)
+
+    def compute(self, chunk: Chunk) -> None:
+        self._runner.compute(chunk.rows, chunk.embeddings)
 
     def remove(self, placed: Placed) -> None:
         """The last row that used it has ended."""
         for site in placed.sites:
             site.drop(placed.slot)
-        if placed.prefix is not None:
-            self._scheduler.free_prefix(placed.prefix)
+        for prefix in placed.prefixes:
+            self._scheduler.free_prefix(prefix)
         self._free.append(placed.slot)
         self.bytes -= placed.size

@@ -118,6 +118,10 @@ class LoadedModel:
         return self.anatomy.embedding
 
     @property
+    def embedding_width(self) -> int:
+        return self.embedding_weight().shape[1]
+
+    @property
     def head(self) -> str | None:
         return self.anatomy.head if self.anatomy.head in self.sites else None
 
@@ -175,6 +179,18 @@ class LoadedModel:
         weight = self.module.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         return weight.detach()
+
+    def compute(self, inputs: StepInputs, embeddings: Tensor) -> None:
+        """Keys and values of tokens that are vectors [T, D] instead of `inputs.ids`, into the cache."""
+        self.step.set(inputs)
+        self._tap.wanted = False
+        keep = {"logits_to_keep": inputs.keep} if self._keeps_logits else {}
+        self.module(
+            inputs_embeds=embeddings.to(self.device, self.dtype).unsqueeze(0),
+            position_ids=inputs.positions,
+            use_cache=False,
+            **keep,
+        )
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Logits [S, V] of the kept tokens, in the model's dtype; writes the step's keys and values to the cache."""

@@ -59,6 +59,11 @@ class Runner:
         shares = first.shares(hidden, [row.slot for row in rows], [len(row.tokens) for row in rows])
         return replace(inputs, shares=shares)
 
+    @torch.inference_mode()
+    def compute(self, rows: Sequence[RowPlan], embeddings: Tensor) -> None:
+        """Keys and values of tokens that are vectors: embeddings [T, D], of the rows' tokens in order."""
+        self.model.compute(self._inputs(rows), embeddings)
+
     def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
         device = self.model.device
         ids: list[int] = []
