@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+import torch
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    ShiraConfig,
+    get_peft_model,
+)
 from torch import nn
 
 from peftmux.adapters.errors import AdapterInvalid
@@ -22,6 +32,9 @@ from tests.model.families import build, greedy
 
 PROMPTS = [[5, 9, 17, 33, 3, 7, 8, 60, 61, 62, 63, 64], [101, 44, 3]]
 NEW_TOKENS = 8
+
+
+TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 
 def lora(**fields: Any) -> LoraConfig:
@@ -38,6 +51,22 @@ ADAPTERS: dict[str, tuple[str, PeftConfig]] = {
     "gemma3-one-of-three": ("gemma3_text", lora(target_modules=["k_proj", "up_proj"])),
     "llama-head": ("llama", lora(target_modules=["lm_head", "down_proj"])),
     "mixtral-attention": ("mixtral", lora(target_modules=["q_proj", "o_proj"])),
+    "gpt2-ia3": (
+        "gpt2",
+        IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], **TASK),
+    ),
+    "llama-ia3-shared-input": (
+        "llama",
+        IA3Config(target_modules=["up_proj", "k_proj", "v_proj"], feedforward_modules=["up_proj", "k_proj"], **TASK),
+    ),
+    "gpt2-norms": ("gpt2", LNTuningConfig(target_modules=["ln_1", "ln_f"], **TASK)),
+    "opt-norms": ("opt", LNTuningConfig(target_modules=["self_attn_layer_norm"], **TASK)),
+    "gemma3-norms": ("gemma3_text", LNTuningConfig(target_modules=["q_norm", "input_layernorm", "norm"], **TASK)),
+    "opt-biases": ("opt", lora(target_modules=["q_proj"], bias="all")),
+    "gemma2-sparse": ("gemma2", ShiraConfig(r=2, target_modules=["q_proj", "down_proj"], **TASK)),
+    "phi3-kronecker": ("phi3", LoKrConfig(r=2, target_modules=["qkv_proj"], **TASK)),
+    "qwen2-saved": ("qwen2", lora(target_modules=["q_proj"], modules_to_save=["k_proj", "o_proj"])),
+    "gpt2-saved": ("gpt2", lora(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["c_fc", "ln_2"])),
     "mistral-prefix": ("mistral", PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")),
     "gemma3-prefix": ("gemma3_text", PrefixTuningConfig(num_virtual_tokens=6, task_type="CAUSAL_LM")),
     "opt-prefix": ("opt", PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
@@ -49,6 +78,10 @@ def save_adapter(family: str, config: PeftConfig, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted: Any = get_peft_model(build(family), config)
+    generator = torch.Generator().manual_seed(2)
+    for _, parameter in adapted.named_parameters():
+        if parameter.requires_grad and not isinstance(config, PrefixTuningConfig):
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
     if isinstance(config, PrefixTuningConfig):
         nn.init.normal_(adapted.prompt_encoder["default"].embedding.weight, std=1.0)
     adapted.save_pretrained(str(folder))
