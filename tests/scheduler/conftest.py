@@ -7,7 +7,7 @@ from zlib import crc32
 
 import pytest
 
-from peftmux.runtime.params import OutputOptions, SamplingParams, TokenLogprob
+from peftmux.runtime.params import OutputOptions, Readout, SamplingParams, TokenLogprob
 from peftmux.runtime.scheduler import NewRow, PrefixBlocks, RowPlan, RowResult, Scheduler, StepPlan, StepResult
 
 VOCABULARY = 97
@@ -23,7 +23,10 @@ def _next_token(slot: int, cells: Sequence[int]) -> int:
 
 
 class Serving:
-    """A scheduler with the fake model behind it. `outputs` and `reported` collect what a client would see."""
+    """A scheduler with the fake model behind it. `outputs`, `reported` and `states` collect what a client would see.
+
+    The hidden state of a token is the token that would follow it.
+    """
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, **options: int) -> None:
         self.scheduler = Scheduler(num_blocks, block_size, **options)  # type: ignore[arg-type]
@@ -32,7 +35,9 @@ class Serving:
         self.rows: dict[int, NewRow] = {}
         self.outputs: dict[int, list[int]] = {}
         self.reported: dict[int, list[int]] = {}
+        self.states: dict[int, list[float]] = {}
         self.finished: set[int] = set()
+        self.aborted: set[int] = set()
 
     def row(self, id: int, prompt: Sequence[int], new_tokens: int = 5, **fields: object) -> NewRow:
         prefix = fields.get("prefix")
@@ -43,7 +48,7 @@ class Serving:
     def add(self, id: int, prompt: Sequence[int], new_tokens: int = 5, **fields: object) -> None:
         new = self.row(id, prompt, new_tokens, **fields)
         self.scheduler.add(new)
-        self.rows[id], self.outputs[id], self.reported[id] = new, [], []
+        self.rows[id], self.outputs[id], self.reported[id], self.states[id] = new, [], [], []
 
     def load_prefix(self, length: int, salt: bytes) -> PrefixBlocks:
         prefix = self.scheduler.allocate_prefix(length, salt.decode())
@@ -79,6 +84,7 @@ class Serving:
     def abort(self, id: int) -> None:
         assert self.scheduler.abort(id)
         self.finished.add(id)
+        self.aborted.add(id)
 
     def expected(self, id: int, count: int) -> list[int]:
         """The first `count` tokens of the row, by the model's definition: no batch, no cache."""
@@ -87,6 +93,16 @@ class Serving:
         for _ in range(count):
             tokens.append(_next_token(new.slot, [_cell(new.salt, t, p) for p, t in enumerate(tokens)]))
         return tokens[len(tokens) - count :]
+
+    def expected_states(self, id: int) -> list[float]:
+        """What the row's readout gives when it is done, MEAN's sum as one number."""
+        new = self.rows[id]
+        tokens = [*range(-1, -new.num_virtual - 1, -1), *new.prompt]
+        cells = [_cell(new.salt, t, p) for p, t in enumerate(tokens)]
+        each = [float(_next_token(new.slot, cells[: p + 1])) for p in range(new.num_virtual, len(tokens))]
+        if new.readout is Readout.MEAN:
+            return [sum(each)]
+        return each if new.readout is Readout.TOKENS else each[-1:]
 
     def _prove_disjoint_writes(self, plan: StepPlan) -> None:
         size, written = self.scheduler.block_size, [target for _, target in plan.copies]
@@ -105,15 +121,30 @@ class Serving:
         end = row.start + len(row.tokens)
         cells = [self.cells[row.blocks[p // size], p % size] for p in range(end)]
         sampled = _next_token(row.slot, cells) if row.samples and not fails else None
-        return RowResult(row.row, sampled, None, tuple(TokenLogprob(t, -1.0) for t in row.next_tokens))
+        values = [float(_next_token(row.slot, cells[: row.start + i + 1])) for i in row.reads]
+        if row.readout is Readout.MEAN and values:
+            values = [sum(values)]
+        states = () if fails else tuple((value,) for value in values)
+        return RowResult(row.row, sampled, None, tuple(TokenLogprob(t, -1.0) for t in row.next_tokens), states)
 
     def _publish(self, got: RowResult) -> None:
         self.reported[got.row] += [entry.token_id for entry in got.prompt_logprobs]
+        out, new = self.outputs[got.row], self.rows[got.row]
+        if new.readout is not None:
+            self._read(got, new.readout)
         if got.token is None:
             return
-        out, new = self.outputs[got.row], self.rows[got.row]
         out.append(got.token)
         if new.num_virtual + len(new.prompt) + len(out) == new.max_total:
+            self.scheduler.finish(got.row)
+            self.finished.add(got.row)
+
+    def _read(self, got: RowResult, readout: Readout) -> None:
+        assert got.token is None, "a row with a readout has drawn a token"
+        self.states[got.row] += [value for (value,) in got.states]
+        if readout is Readout.MEAN:
+            self.states[got.row] = [sum(self.states[got.row])]
+        if self.scheduler.is_read_out(got.row):
             self.scheduler.finish(got.row)
             self.finished.add(got.row)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from peftmux.runtime.errors import AdapterMemoryExhausted, InvalidRequest
-from peftmux.runtime.params import OutputOptions, SamplingParams
+from peftmux.runtime.params import OutputOptions, Readout, SamplingParams
 from peftmux.runtime.scheduler import NewRow, RowResult, Scheduler, StepResult
+from peftmux.runtime.scheduler.row import Row
 
 REPORT = OutputOptions(prompt_logprobs=0)
 
@@ -426,3 +427,72 @@ def test_counts_by_fairness_key(serving):
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 2)
     assert scheduler.running_by_key() == {"a": 1, "b": 1}
     assert scheduler.waiting_by_key() == {"a": 1, "b": 1}
+
+
+def reads(plan):
+    return [(row.row, row.start, row.reads, row.num_states) for row in plan.rows]
+
+
+def test_a_row_with_a_readout_never_samples_and_ends_with_its_prompt(serving):
+    batch = serving(max_batch_tokens=4)
+    batch.add(0, range(10), new_tokens=1, readout=Readout.LAST)
+    assert [reads(batch.step()) for _ in range(3)] == [
+        [(0, 0, (), 0)],
+        [(0, 4, (), 0)],
+        [(0, 8, (1,), 1)],
+    ]
+    assert batch.finished == {0}
+    assert batch.step() is None
+
+
+@pytest.mark.parametrize(("readout", "states"), [(Readout.TOKENS, (4, 4, 2)), (Readout.MEAN, (1, 1, 1))])
+def test_every_token_is_read_once_chunk_by_chunk(serving, readout, states):
+    batch = serving(max_batch_tokens=4)
+    batch.add(0, range(10), new_tokens=1, readout=readout)
+    assert tuple(reads(batch.step())[0][3] for _ in range(3)) == states
+
+
+@pytest.mark.parametrize(
+    ("readout", "cached"),
+    [(Readout.LAST, 8), (Readout.SEQUENCE, 8), (Readout.MEAN, 0), (Readout.TOKENS, 0)],
+)
+def test_only_tokens_that_nobody_reads_come_from_the_cache(serving, readout, cached):
+    batch = serving(block_size=4)
+    batch.add(0, range(9))
+    batch.run()
+    batch.add(1, range(9), new_tokens=1, readout=readout)
+    assert shape(batch.scheduler.plan())[0][1] == batch.scheduler.cached_tokens(1) == cached
+    batch.step()
+    assert batch.finished == {0, 1}
+    assert batch.states[1] == batch.expected_states(1)
+
+
+@pytest.mark.parametrize("readout", [Readout.MEAN, Readout.TOKENS, Readout.LAST])
+def test_a_preempted_readout_goes_on_where_it_was(serving, readout):
+    """What it has read is not read again, though the cache may have lost it."""
+    batch = serving(num_blocks=8, block_size=4, max_batch_tokens=9)
+    batch.add(0, range(50, 57), new_tokens=15)
+    batch.step()
+    batch.add(1, range(16), new_tokens=1, readout=readout)
+    batch.step()
+    read = len(batch.states[1])
+    batch.scheduler._preempt(batch.scheduler._running[-1])
+    batch.run()
+    assert read == (8 if readout is Readout.TOKENS else 1 if readout is Readout.MEAN else 0)
+    assert batch.states[1] == batch.expected_states(1)
+
+
+def test_virtual_tokens_inside_a_prompt_are_not_read(serving):
+    new = serving().row(0, (5, -7, 6), 1, salt=b"a", readout=Readout.TOKENS)
+    plan = Row(new, 4)
+    plan.place([1], 0, 0, None)
+    assert plan.plan(3).reads == (0, 2)
+
+
+def test_a_readout_that_fails_does_not_move(serving):
+    batch = serving()
+    batch.add(0, range(5), new_tokens=1, readout=Readout.MEAN)
+    batch.step(lambda row: True)
+    assert not batch.finished
+    batch.run()
+    assert batch.states[0] == batch.expected_states(0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from peftmux.runtime.errors import AdapterMemoryExhausted, InvalidRequest
-from peftmux.runtime.params import OutputOptions
+from peftmux.runtime.params import OutputOptions, Readout
 from peftmux.runtime.scheduler import PrefixBlocks
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=30)
@@ -26,6 +26,7 @@ ROWS = st.fixed_dictionaries(
         "priority": st.integers(-1, 1),
         "key": st.sampled_from("abc"),
         "reports": st.booleans(),
+        "readout": st.sampled_from([None, None, *Readout]),
         "wait": st.integers(0, 4),
     }
 )
@@ -44,12 +45,13 @@ def add(serving: Any, id: int, row: dict[str, Any], prefix: PrefixBlocks | None 
     serving.add(
         id,
         row["prompt"],
-        row["new_tokens"],
+        1 if row["readout"] else row["new_tokens"],
         slot=slot,
         salt=salt,
         prefix=prefix,
         virtual_tokens=row["virtual"] if salt and not prefix else 0,
-        output=OutputOptions(prompt_logprobs=0 if row["reports"] else None),
+        output=OutputOptions(prompt_logprobs=0 if row["reports"] and not row["readout"] else None),
+        readout=row["readout"],
         priority=row["priority"],
         fairness_key=row["key"],
     )
@@ -61,6 +63,8 @@ def check_answers(serving: Any) -> None:
         new = serving.rows[id]
         if new.output.prompt_logprobs is not None and id in serving.finished and out:
             assert serving.reported[id] == list(new.prompt[1:]), f"row {id}"
+        if new.readout is not None and id in serving.finished and id not in serving.aborted:
+            assert serving.states[id] == serving.expected_states(id), f"row {id}"
 
 
 @settings(max_examples=120, deadline=None)
@@ -73,7 +77,9 @@ def test_outputs_do_not_depend_on_batch_budget_cache_preemption_or_order(serving
         for _ in range(row["wait"]):
             batch.step()
     batch.run()
-    assert all(len(batch.outputs[id]) == row["new_tokens"] for id, row in enumerate(rows))
+    wanted = [0 if row["readout"] else row["new_tokens"] for row in rows]
+    assert [len(batch.outputs[id]) for id in range(len(rows))] == wanted
+    assert batch.finished == set(range(len(rows)))
     check_answers(batch)
     assert batch.scheduler.usage() == 0
 

@@ -66,6 +66,7 @@ def split_head(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Sp
     task = config.get("task_type")
     kind = _KINDS.get(task) if isinstance(task, str) else None
     if kind is None:
+        _refuse_untold(task, shapes, base)
         return None
     _check_base(base)
     ledger = Ledger(shapes)
@@ -143,6 +144,16 @@ def _head_module(shapes: Shapes, task: str) -> str:
             "which is missing",
         )
     raise AdapterInvalid(Reason.UNUSED_TENSOR, f"expected one head, got {' and '.join(found)}")
+
+
+def _refuse_untold(task: Any, shapes: Shapes, base: BaseModel) -> None:
+    """A head's tensors do not say whether it reads sequences or tokens."""
+    name = next((name for name in sorted(shapes) if _TENSOR.fullmatch(name)), None)
+    if name is not None and task in (None, "CAUSAL_LM") and base.module_names.isdisjoint(_MODULES):
+        raise AdapterInvalid(
+            Reason.UNSUPPORTED_TASK,
+            f"field task_type: expected SEQ_CLS or TOKEN_CLS beside tensor {name}, got {show(task)}",
+        )
 
 
 def _method_config(config: Mapping[str, Any]) -> dict[str, Any]:
