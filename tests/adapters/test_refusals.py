@@ -282,7 +282,7 @@ PREFIX: dict[str, tuple[Reason, str, Damage]] = {
     "other heads": (Reason.SHAPE_MISMATCH, "num_attention_heads: expected 2", edit_config(num_attention_heads=4)),
     "another width": (Reason.SHAPE_MISMATCH, "token_dim: expected 16", edit_config(token_dim=32)),
     "narrow": (Reason.SHAPE_MISMATCH, "got [5, 48]", set_tensor("prompt_embeddings", lambda t: t[:, :48])),
-    "a head beside it": (Reason.UNUSED_TENSOR, "base_model.score.weight", add("base_model.score.weight", 3, 32)),
+    "a head beside it": (Reason.UNSUPPORTED_TASK, "base_model.score.weight", add("base_model.score.weight", 3, 32)),
     "missing": (Reason.MISSING_TENSOR, "prompt_embeddings", write_tensors(container({}))),
     "two sides": (Reason.UNSUPPORTED_FIELD, "submodules", edit_config(num_transformer_submodules=2)),
     "NaN": (Reason.NOT_FINITE, "prompt_embeddings", set_tensor("prompt_embeddings", nan)),
