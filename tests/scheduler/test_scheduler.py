@@ -7,6 +7,7 @@ import pytest
 from peftmux.runtime.errors import AdapterMemoryExhausted, InvalidRequest
 from peftmux.runtime.params import OutputOptions, Readout, SamplingParams
 from peftmux.runtime.scheduler import NewRow, RowResult, Scheduler, StepResult
+from peftmux.runtime.scheduler.plan import ImageSpan
 from peftmux.runtime.scheduler.row import Row
 
 REPORT = OutputOptions(prompt_logprobs=0)
@@ -496,3 +497,47 @@ def test_a_readout_that_fails_does_not_move(serving):
     assert not batch.finished
     batch.run()
     assert batch.states[0] == batch.expected_states(0)
+
+
+def test_images_are_never_cut(serving):
+    """Spans of 3 and 12 tokens under a budget of 8: the larger one over the budget, but beside no other prefill."""
+    batch = serving(max_batch_tokens=8)
+    spans = (ImageSpan(6, 9, (), True), ImageSpan(12, 24, (), True))
+    prompt = [-1 if any(s.start <= i < s.stop for s in spans) else i for i in range(26)]
+    batch.add(0, prompt, salt=b"image", images=spans)
+    batch.add(1, range(40, 60))
+    chunks, largest = [], 0
+    while (plan := batch.step()) is not None:
+        largest = max(largest, plan.num_tokens)
+        for row in plan.rows:
+            end = row.start + len(row.tokens)
+            assert row.images == tuple(s for s in spans if row.row == 0 and s.start < end and row.start < s.stop)
+            if row.row == 0 and row.generated == 0:
+                chunks.append((row.start, end))
+    assert chunks == [(0, 6), (6, 12), (12, 24), (24, 26)]
+    assert largest == 12
+    assert [batch.outputs[i] for i in (0, 1)] == [batch.expected(i, 5) for i in (0, 1)]
+
+
+def test_two_large_images_take_turns(serving):
+    """Neither waits for the other's rows to end, and a row without images goes on beside them."""
+    batch = serving(max_batch_tokens=4)
+    for i in (0, 1):
+        batch.add(i, [-1] * 10, salt=bytes([i + 1]), images=(ImageSpan(0, 10, (), True),))
+    batch.add(2, range(6))
+    plans = [batch.step() for _ in range(3)]
+    assert [[(row.row, len(row.tokens)) for row in plan.rows if len(row.tokens) > 1] for plan in plans[:2]] == [
+        [(0, 10)],
+        [(1, 10)],
+    ]
+    batch.run()
+    assert batch.outputs == {i: batch.expected(i, 5) for i in range(3)}
+
+
+def test_images_survive_preemption(serving):
+    batch = serving(num_blocks=10, block_size=4, max_batch_tokens=6)
+    for i in range(3):
+        prompt = [i, -1, -1, -1, -1, -1, -1, -1, 9]
+        batch.add(i, prompt, 12, salt=bytes([i + 1]), images=(ImageSpan(1, 8, (), True),))
+    batch.run()
+    assert batch.outputs == {i: batch.expected(i, 12) for i in range(3)}

@@ -121,6 +121,11 @@ class BaseModel(Protocol):
         ...
 
     @property
+    def windowed(self) -> bool:
+        """Some attention layer sees only the tokens of a sliding window."""
+        ...
+
+    @property
     def kv_shapes(self) -> Sequence[KVShape]: ...
     def weight(self, site: str) -> Tensor:
         """The base weight of a linear site, [out, in], in the base's dtype."""

@@ -17,9 +17,11 @@ from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart, ShareRule
 from peftmux.kernels.rows import ReplacedRows
 from peftmux.kernels.sparse import SparsePart
+from peftmux.kernels.vision import VisionPart
 
 __all__ = [
     "FIRST_PASS",
+    "IMAGES",
     "ClassifierPart",
     "EmbeddingPart",
     "ExpertsPart",
@@ -37,10 +39,13 @@ __all__ = [
     "RouterPart",
     "SparsePart",
     "VirtualTokens",
+    "VisionPart",
 ]
 
 FIRST_PASS = "(first pass)"
 """The place of a ClassifierPart."""
+IMAGES = "(images)"
+"""The place of a VisionPart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ Part = (
     | MixturePart
     | RoutedPart
     | ClassifierPart
+    | VisionPart
 )
 """What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 

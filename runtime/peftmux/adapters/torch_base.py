@@ -100,6 +100,13 @@ class TorchBase:
         return True
 
     @cached_property
+    def windowed(self) -> bool:
+        window = getattr(self._text_config, "sliding_window", None)
+        layers = getattr(self._text_config, "layer_types", None)
+        used = getattr(self._text_config, "use_sliding_window", True)
+        return bool(window and used) and (layers is None or "sliding_attention" in layers)
+
+    @cached_property
     def kv_shapes(self) -> Sequence[KVShape]:
         """As the model fills its own cache for one token: right for every architecture, also where layers differ."""
         return _probe_cache(self.module)

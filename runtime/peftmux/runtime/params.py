@@ -82,3 +82,21 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePatches:
+    """An image cut into a grid of patches, row by row, as its adapter's patch embedding takes them."""
+
+    rows: int
+    columns: int
+    values: bytes
+    """float32, little-endian: of each patch [3 channels, height, width]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What stands before token `position` of the prompt: patches, or a file (PNG, JPEG, ...) to be made into some."""
+
+    position: int
+    content: ImagePatches | bytes

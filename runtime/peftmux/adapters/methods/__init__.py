@@ -21,6 +21,7 @@ from peftmux.adapters.methods import (
     shira,
     trainable_tokens,
     vera,
+    vora,
     whole,
     xlora,
 )
@@ -48,6 +49,7 @@ METHODS: dict[str, Method] = {
         multitask_prompt.METHOD,
         p_tuning.METHOD,
         prompt.METHOD,
+        vora.METHOD,
         xlora.METHOD,
         head.METHOD,
     )

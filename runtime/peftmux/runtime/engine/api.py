@@ -9,6 +9,7 @@ from typing import Protocol
 
 from peftmux.runtime.params import (
     FinishReason,
+    Image,
     OutputOptions,
     SamplingParams,
     State,
@@ -35,6 +36,8 @@ class GenerationRequest:
     """False: one delta at the end, which spares the engine's interpreter a wake-up for every token."""
     task: int | None = None
     """Of a multi-task adapter, and of such only."""
+    images: tuple[Image, ...] = ()
+    """For an adapter that takes images, in the order of their positions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,14 @@ def check_task(request: GenerationRequest, placed: Placed) -> None:
     _expect(0 <= task < tasks if task is not None else not tasks, "adapter_task", expected, got)
 
 
+def check_images(request: GenerationRequest, placed: Placed) -> None:
+    """InvalidRequest for images that nobody takes, or beside log-probabilities of a prompt that has such tokens."""
+    if request.images:
+        _expect(placed.images is not None, "images", f"none, {_who(request)} takes no images", len(request.images))
+        asked = request.output.prompt_logprobs
+        _expect(asked is None, "output.prompt_logprobs", "unset beside images, whose tokens have no probability", asked)
+
+
 def _who(request: GenerationRequest) -> str:
     return f"adapter {request.adapter!r}" if request.adapter else "the base model"
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from peftmux.runtime.engine.images import images_digest
 from peftmux.runtime.engine.observer import EngineObserver
 from peftmux.runtime.engine.placement import BASE
 from peftmux.runtime.engine.request import ActiveRequest, Outcome
@@ -106,6 +107,8 @@ class EngineCore:
             slot, salt = BASE.slot, BASE.salt
         elif placed.invocation:  # what stands before it depends on where it is
             salt, active_from = placed.salt + start.to_bytes(4), start
+        if active.images:
+            salt += images_digest(active.images)
         return NewRow(
             id=active.id,
             slot=slot,
@@ -123,6 +126,7 @@ class EngineCore:
             arrival=active.submitted,
             active_from=active_from,
             readout=active.readout,
+            images=active.images,
         )
 
     def _check_queue(self) -> None:

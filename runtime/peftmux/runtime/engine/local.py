@@ -23,8 +23,9 @@ from peftmux.runtime.engine.api import (
     GenerationRequest,
     ModelInfo,
 )
-from peftmux.runtime.engine.checks import check_prompt, check_request, check_task
+from peftmux.runtime.engine.checks import check_images, check_prompt, check_request, check_task
 from peftmux.runtime.engine.core import Deliveries, EngineCore, max_new_tokens
+from peftmux.runtime.engine.images import place_images
 from peftmux.runtime.engine.mailbox import Mailbox
 from peftmux.runtime.engine.placement import BASE, Placed
 from peftmux.runtime.engine.request import ActiveRequest, NoText
@@ -33,6 +34,7 @@ from peftmux.runtime.engine.thread import EngineThread
 from peftmux.runtime.errors import DeadlineExceeded, Draining, EngineDead
 from peftmux.runtime.params import Readout
 from peftmux.runtime.residency.store import Revision
+from peftmux.runtime.scheduler.plan import ImageSpan
 
 Choice = Callable[[Placed], Readout | None]
 """What a request reads under the adapter it names, or None to generate. TaskMismatch where that adapter cannot."""
@@ -218,12 +220,17 @@ class LocalEngine:
             if reads is Readout.SEQUENCE:
                 request = replace(request, prompt=readout.classified_part(request.prompt, self._pad))
             return ActiveRequest(next(self._ids), request, revision, NoText(), frozenset(), 1, mailbox.put, reads)
+        stream = self._text.stream(request.prompt, request.stopping)
+        spans: tuple[ImageSpan, ...] = ()
+        check_images(request, placed)
+        if placed.images is not None and request.images:
+            prompt, spans = place_images(request.prompt, request.images, placed.images)
+            request = replace(request, prompt=prompt)
         limit = max_new_tokens(len(request.prompt), virtual, request.stopping.max_tokens, context, capacity)
         ends = frozenset(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
             ends |= self._end_token_ids
-        stream = self._text.stream(request.prompt, request.stopping)
-        return ActiveRequest(next(self._ids), request, revision, stream, ends, limit, mailbox.put)
+        return ActiveRequest(next(self._ids), request, revision, stream, ends, limit, mailbox.put, images=spans)
 
 
 def _hand_out(deliveries: Deliveries) -> None:

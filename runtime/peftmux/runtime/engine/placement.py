@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
-from peftmux.adapters.parts import LoweredAdapter
+from peftmux.adapters.parts import IMAGES, LoweredAdapter, VisionPart
+from peftmux.runtime.engine.images import ImageRule
 from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import block_bytes
@@ -56,6 +57,8 @@ class Placed:
     """Of its head."""
     tasks: int = 0
     """Of a multi-task adapter; 0 for any other."""
+    images: ImageRule | None = None
+    """Of an adapter that takes images."""
 
     @property
     def position_offset(self) -> int:
@@ -137,6 +140,13 @@ def _salt(model: LoadedModel, lowered: LoweredAdapter) -> bytes:
     return bytes.fromhex(lowered.digest) if touches else b""
 
 
+def _image_rule(lowered: LoweredAdapter) -> ImageRule | None:
+    for part in lowered.parts.others.get(IMAGES, ()):
+        if isinstance(part, VisionPart):
+            return ImageRule(part.patch_size, part.image_size, part.mean, part.std, part.bidirectional)
+    return None
+
+
 class DevicePlacement:
     """Slots and bytes of all placed adapters. Used by the engine's thread, between steps."""
 
@@ -182,6 +192,7 @@ class DevicePlacement:
             readout=None if head is None else _READOUTS[head.kind],
             labels=() if head is None else head.labels,
             tasks=parts.virtual.tasks if parts.virtual else 0,
+            images=_image_rule(adapter.lowered),
         )
 
     def _place_prefixes(self, name: str, adapter: PreparedAdapter) -> tuple[PrefixBlocks, ...]:

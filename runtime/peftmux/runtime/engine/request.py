@@ -13,7 +13,7 @@ from peftmux.runtime.engine.placement import Placed
 from peftmux.runtime.errors import RuntimeFailure
 from peftmux.runtime.params import FinishReason, Readout, State, TokenLogprob, Usage
 from peftmux.runtime.residency.store import Revision
-from peftmux.runtime.scheduler.plan import RowResult
+from peftmux.runtime.scheduler.plan import ImageSpan, RowResult
 
 Outcome = Delta | RuntimeFailure
 Sink = Callable[[Outcome], None]
@@ -52,6 +52,8 @@ class ActiveRequest:
     sink: Sink
     readout: Readout | None = None
     """Set: it generates nothing, and gives its states in the one delta it has."""
+    images: tuple[ImageSpan, ...] = ()
+    """Where the request's prompt has them."""
     submitted: float = field(default_factory=time.monotonic)
     scheduled: float | None = None
     last_token: float | None = None

@@ -42,6 +42,8 @@ class AttentionLayer:
 
     module: nn.Module
     kv: KVShape
+    windowed: bool
+    """It sees only the tokens of a sliding window."""
 
 
 class _Recorder:
@@ -61,7 +63,8 @@ class _Recorder:
             raise UnsupportedModel(f"{name} asks for attention options that are not served: {sorted(unknown)}")
         if any(layer.module is module for layer in self.layers):
             raise UnsupportedModel(f"{name} attends more than once a step with one module")
-        self.layers.append(AttentionLayer(module, KVShape(key.shape[1], key.shape[3], value.shape[3])))
+        windowed = kwargs.get("sliding_window") is not None
+        self.layers.append(AttentionLayer(module, KVShape(key.shape[1], key.shape[3], value.shape[3]), windowed))
         batch, heads, tokens, _ = query.shape
         return query.new_zeros(batch, tokens, heads, value.shape[3]), None
 

@@ -83,6 +83,7 @@ class LoadedModel:
         self.norm_sites: Mapping[str, NormLayer] = swapped.norm_sites
         self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
         self.first_pass = swapped.first_pass
+        self.vision = swapped.vision
         self.step = step
         self.context_length = context_length
         self.heads = HeadSite(module.device)
@@ -132,6 +133,10 @@ class LoadedModel:
     @property
     def shows_hidden_state(self) -> bool:
         return self.anatomy.shows_hidden_state
+
+    @cached_property
+    def windowed(self) -> bool:
+        return any(layer.windowed for layer in self.layers)
 
     @cached_property
     def hidden_size(self) -> int:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.model.cache import PagedCache
+from peftmux.runtime.model.images import attention_rows, image_vectors
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sampler import prompt_logprobs, sample
 from peftmux.runtime.model.states import read_out
@@ -83,18 +83,20 @@ class Runner:
             passive = row.active_from - row.start
             tokens.add(row.slot, passive, len(row.tokens))
             kept.add(row.slot, sum(i < passive for i in predicting) if passive > 0 else 0, len(predicting))
-        lens = [len(row.tokens) for row in rows]
+        vectors = None
+        if any(row.images for row in rows):
+            vectors = image_vectors(rows, self.model.vision)
+            ids = [max(token, 0) for token in ids]
         return StepInputs(
             ids=index_tensor(ids, device).unsqueeze(0),
             positions=index_tensor(positions, device).unsqueeze(0),
             slots=index_tensor(cache_slots, device),
-            rows=AttentionRows.build(
-                lens, [row.start + len(row.tokens) for row in rows], [row.blocks for row in rows], device
-            ),
+            rows=attention_rows(rows, device),
             segments=Segments.build(tokens.slots, tokens.lens, device),
             keep=index_tensor(keep, device),
             kept=Segments.build(kept.slots, kept.lens, device),
             states=index_tensor(read, device) if read else None,
+            vectors=vectors,
         )
 
 

@@ -166,6 +166,9 @@ class SiteEmbedding(nn.Module):
         y: Tensor = self.base(ids)
         if not self.site.empty:
             self.site.apply(y.view(-1, y.shape[-1]), ids.view(-1), self._step.inputs.segments)
+        if self._step.inputs.vectors is not None:
+            tokens, values = self._step.inputs.vectors
+            y.view(-1, y.shape[-1])[tokens] = values.to(y.dtype)
         return y
 
     @property

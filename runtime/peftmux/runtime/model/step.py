@@ -33,6 +33,8 @@ class StepInputs:
     """[N] int64: tokens whose final hidden states are read; None where nobody reads any."""
     shares: Shares = field(default_factory=dict)
     """Of the slots whose experts are weighed by what a first pass has seen."""
+    vectors: tuple[Tensor, Tensor] | None = None
+    """Tokens that are vectors: ([n] int64, which of the T; [n, D], what stands for their embeddings)."""
 
 
 class StepState:

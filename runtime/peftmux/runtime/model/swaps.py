@@ -16,7 +16,7 @@ from peftmux.adapters.base import FeedForwardSite, LinearSite, NormLayer, Parame
 from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_site
-from peftmux.adapters.parts import FIRST_PASS, ClassifierPart
+from peftmux.adapters.parts import FIRST_PASS, IMAGES, ClassifierPart, VisionPart
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
@@ -24,6 +24,7 @@ from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.mixture import MixturePart
 from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart
+from peftmux.kernels.vision import VisionSite
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.first_pass import FirstPass
@@ -68,6 +69,8 @@ class Swapper:
         self.first_pass = FirstPass(model.device)
         self.places[ClassifierPart, FIRST_PASS] = self.first_pass
         self.norm_sites: dict[str, NormLayer] = {}
+        self.vision = VisionSite(model.device)
+        self.places[VisionPart, IMAGES] = self.vision
         self.parameter_sites: dict[str, ParameterSite] = {}
         self.feed_forwards: dict[str, FeedForwardSite] = {}
 

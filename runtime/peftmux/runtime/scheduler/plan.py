@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftmux.runtime.params import OutputOptions, Readout, SamplingParams, State, TokenLogprob
+from peftmux.runtime.params import ImagePatches, OutputOptions, Readout, SamplingParams, State, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Neighbouring tokens that are images: cache positions start .. stop - 1, pseudo-ids -1 in the row's tokens.
+
+    They are computed in one step: each sees all of them where the adapter's attention goes both ways.
+    """
+
+    start: int
+    stop: int
+    images: tuple[ImagePatches, ...]
+    both_ways: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,8 @@ class RowPlan:
     """Of a row that never samples."""
     read_from: int = 0
     """With `readout`: the first of `tokens` whose final hidden state is read; len(tokens) where none is."""
+    images: tuple[ImageSpan, ...] = ()
+    """Of which `tokens` has any."""
 
     @property
     def reads(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peftmux.runtime.params import OutputOptions, Readout, SamplingParams
 from peftmux.runtime.scheduler.keys import BlockKey, block_key, root_digest
-from peftmux.runtime.scheduler.plan import RowPlan
+from peftmux.runtime.scheduler.plan import ImageSpan, RowPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class NewRow:
     """Cache position from which the slot's adapter applies; the salt names it too, since it changes the cache."""
     readout: Readout | None = None
     """Set: the row generates nothing, and ends when its last token is computed."""
+    images: tuple[ImageSpan, ...] = ()
+    """Ascending; the salt names what they show, since their tokens do not."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -178,6 +180,18 @@ class Row:
         self.copy = copy
         self._table = ()
 
+    def chunk(self, budget: int, whole: bool) -> int:
+        """How many tokens to compute next: at most `budget`, but no span of images is cut.
+
+        `whole`: a span that begins the chunk is computed even where it alone is more than the budget.
+        """
+        end = self.num_computed + min(self.pending, budget)
+        for span in self.new.images:
+            if span.start < end < span.stop:
+                begins = span.start <= self.num_computed
+                end = (span.stop if whole else self.num_computed) if begins else span.start
+        return end - self.num_computed
+
     def plan(self, count: int) -> RowPlan:
         """The next `count` tokens as work for the runner."""
         new, tokens, start = self.new, self.tokens, self.num_computed
@@ -197,11 +211,12 @@ class Row:
             report,
             predicted,
             new.end_token_ids if len(tokens) - self.prompt_end < new.min_tokens else (),
-            tuple(tokens[self.num_virtual :]) if self.wants_history else (),
-            len(new.prompt),
+            tuple([t for t in tokens[self.num_virtual :] if t >= 0]) if self.wants_history else (),
+            len(new.prompt) - sum(span.stop - span.start for span in new.images),
             new.active_from,
             new.readout,
             count if new.readout is None else min(max(self.next_reported - start, 0), count),
+            tuple([span for span in new.images if span.start < end and start < span.stop]) if new.images else (),
         )
 
     def _blocks_until(self, end: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Which tokens run next. One rule: a row's `num_computed` catches up with its tokens.
 
 Chunked prefill, cache hits and resumption after preemption are that rule with different starting points. A step holds
-one token of every row that decodes, then prefill chunks, then newly admitted rows, under a token budget.
+one token of every row that decodes, then prefill chunks, then newly admitted rows, under a token budget. Images are
+never cut: one that is more than the budget takes a step of its own, beside the rows that decode.
 
 Blocks: an admitted row gets blocks for all tokens it has, and one more each time it outgrows them. When none is free
 the row of lowest priority, last admitted among equals, loses its blocks and is computed again later (its blocks stay
@@ -32,6 +33,10 @@ class _HeldPrefix:
     prefix: PrefixBlocks
     users: int = 0
     let_go: bool = False
+
+
+def _prefills(chosen: list[tuple[Row, int]]) -> bool:
+    return bool(chosen) and chosen[-1][1] > 1
 
 
 def _seniority(row: Row) -> tuple[int, int]:
@@ -225,21 +230,23 @@ class Scheduler:
 
     def _choose_prefills(self, chosen: list[tuple[Row, int]], budget: int) -> int:
         for row in self._running:
-            if budget and row.pending > 1:
-                count = min(row.pending, budget)
-                chosen.append((row, count))
-                budget -= count
+            if budget > 0 and row.pending > 1:
+                count = row.chunk(budget, whole=not _prefills(chosen))
+                if count:
+                    chosen.append((row, count))
+                    budget -= count
         return budget
 
     def _choose_waiting(self, chosen: list[tuple[Row, int]], budget: int) -> None:
         """In fair order and no further than the first row that does not fit: small rows never overtake a large one."""
-        while budget and len(self._running) < self.max_rows:
+        while budget > 0 and len(self._running) < self.max_rows:
             row = self._waiting.peek()
             if row is None or not self._admit(row):
                 return
-            count = min(row.pending, budget)
-            chosen.append((row, count))
-            budget -= count
+            count = row.chunk(budget, whole=not _prefills(chosen))
+            if count:
+                chosen.append((row, count))
+                budget -= count
 
     def _admit(self, row: Row) -> bool:
         """Give the row blocks for all of its tokens, cached ones first. False where too few are free.
