@@ -27,6 +27,7 @@ from peftmux.client import (
     Client,
     Embedding,
     FinishReason,
+    Image,
     Residency,
     Tls,
     TokenLogprob,
@@ -182,6 +183,18 @@ def test_every_option_is_sent_and_nothing_else(script, either):
     for group in (bare.sampling, bare.stopping, bare.output):
         assert group.ListFields() == []
     assert (bare.text, bare.adapter, bare.HasField("adapter_task")) == ("bare", "", False)
+
+
+def test_images_are_sent_as_files_or_patches(script, either):
+    scripted, target = script
+    scripted.on("Generate", GENERATED)
+    images = [Image(b"png"), Image(b"\0" * 96, rows=1, columns=2, position=0)]
+    either.call(target, "generate", "a<image>b", images=images)
+    file, patches = scripted.requests[0].images
+    assert (file.encoded, file.HasField("position")) == (b"png", False)
+    assert (patches.patches.rows, patches.patches.columns, len(patches.patches.values)) == (1, 2, 96)
+    assert patches.HasField("position")
+    assert patches.position == 0
 
 
 def test_a_conversation_is_sent_as_chat(script, either):

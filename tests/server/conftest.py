@@ -142,6 +142,10 @@ class FakeEngine:
             raise InvalidRequest("chat", "the chat template refuses the role 'alien'")
         return self.encode("".join(f"{role}:{content};" for role, content in messages))
 
+    def encode_around(self, text: str | Sequence[tuple[str, str]], marker: str) -> tuple[tuple[int, ...], ...]:
+        rendered = text if isinstance(text, str) else "".join(f"{role}:{content};" for role, content in text)
+        return tuple(self.encode(piece) for piece in rendered.split(marker))
+
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         return tuple(chr(i) for i in ids)
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apeftmux/v1/inference.proto\x12\npeftmux.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.peftmux.v1.ChatMessage\"2\n\x0fWeightedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x02\"\xc3\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).peftmux.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\x9a\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"e\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x84\x03\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12-\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1b.peftmux.v1.WeightedAdapter\x12\x19\n\x0c\x61\x64\x61pter_task\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x06 \x01(\x0b\x32\x18.peftmux.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.peftmux.v1.SamplingParams\x12,\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.peftmux.v1.StoppingParams\x12)\n\x06output\x18\t \x01(\x0b\x32\x19.peftmux.v1.OutputOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x42\x07\n\x05inputB\x0f\n\r_adapter_task\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"g\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.peftmux.v1.TopLogprobB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xff\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.peftmux.v1.FinishReason\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x07 \x01(\t\"\x8a\x03\n\x15GenerateStreamRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12-\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1b.peftmux.v1.WeightedAdapter\x12\x19\n\x0c\x61\x64\x61pter_task\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x06 \x01(\x0b\x32\x18.peftmux.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.peftmux.v1.SamplingParams\x12,\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.peftmux.v1.StoppingParams\x12)\n\x06output\x18\t \x01(\x0b\x32\x19.peftmux.v1.OutputOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x42\x07\n\x05inputB\x0f\n\r_adapter_task\"\x85\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.peftmux.v1.FinishReason\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x07 \x01(\t\"\x92\x01\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x19\n\x0c\x61\x64\x61pter_task\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x42\x07\n\x05inputB\x0f\n\r_adapter_task\"C\n\x0b\x43lassifyRow\x12\x0e\n\x06logits\x18\x01 \x03(\x02\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\r\n\x05label\x18\x03 \x01(\t\"\x85\x01\n\x10\x43lassifyResponse\x12%\n\x04rows\x18\x01 \x03(\x0b\x32\x17.peftmux.v1.ClassifyRow\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x04 \x01(\t\"\x9c\x01\n\x0c\x45mbedRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x12$\n\x07pooling\x18\x04 \x01(\x0e\x32\x13.peftmux.v1.Pooling\x12\x11\n\tnormalize\x18\x05 \x01(\x08\x42\x07\n\x05input\"^\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x03 \x01(\t\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\"\x11\n\x0fGetModelRequest\"\xe8\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x15\n\radapter_kinds\x18\x08 \x03(\t\x12\x18\n\x10max_batch_tokens\x18\t \x01(\r\x12\x1b\n\x13max_queued_requests\x18\n \x01(\r*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02\x32\xc7\x03\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1b.peftmux.v1.GenerateRequest\x1a\x1c.peftmux.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.peftmux.v1.GenerateStreamRequest\x1a\".peftmux.v1.GenerateStreamResponse0\x01\x12\x45\n\x08\x43lassify\x12\x1b.peftmux.v1.ClassifyRequest\x1a\x1c.peftmux.v1.ClassifyResponse\x12<\n\x05\x45mbed\x12\x18.peftmux.v1.EmbedRequest\x1a\x19.peftmux.v1.EmbedResponse\x12\x45\n\x08Tokenize\x12\x1b.peftmux.v1.TokenizeRequest\x1a\x1c.peftmux.v1.TokenizeResponse\x12\x45\n\x08GetModel\x12\x1b.peftmux.v1.GetModelRequest\x1a\x1c.peftmux.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apeftmux/v1/inference.proto\x12\npeftmux.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.peftmux.v1.ChatMessage\"2\n\x0fWeightedAdapter\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x02\"\xc3\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).peftmux.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\x9a\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\"e\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"=\n\x0cImagePatches\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07\x63olumns\x18\x02 \x01(\r\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"v\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12+\n\x07patches\x18\x02 \x01(\x0b\x32\x18.peftmux.v1.ImagePatchesH\x00\x12\x15\n\x08position\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07\x63ontentB\x0b\n\t_position\"\xa7\x03\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12-\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1b.peftmux.v1.WeightedAdapter\x12\x19\n\x0c\x61\x64\x61pter_task\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x06 \x01(\x0b\x32\x18.peftmux.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.peftmux.v1.SamplingParams\x12,\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.peftmux.v1.StoppingParams\x12)\n\x06output\x18\t \x01(\x0b\x32\x19.peftmux.v1.OutputOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x12!\n\x06images\x18\x0b \x03(\x0b\x32\x11.peftmux.v1.ImageB\x07\n\x05inputB\x0f\n\r_adapter_task\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"g\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.peftmux.v1.TopLogprobB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xff\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.peftmux.v1.FinishReason\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x07 \x01(\t\"\xad\x03\n\x15GenerateStreamRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12-\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1b.peftmux.v1.WeightedAdapter\x12\x19\n\x0c\x61\x64\x61pter_task\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x06 \x01(\x0b\x32\x18.peftmux.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.peftmux.v1.SamplingParams\x12,\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.peftmux.v1.StoppingParams\x12)\n\x06output\x18\t \x01(\x0b\x32\x19.peftmux.v1.OutputOptions\x12\x10\n\x08priority\x18\n \x01(\x05\x12!\n\x06images\x18\x0b \x03(\x0b\x32\x11.peftmux.v1.ImageB\x07\n\x05inputB\x0f\n\r_adapter_task\"\x85\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12\x31\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x18.peftmux.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.peftmux.v1.FinishReason\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x07 \x01(\t\"\x92\x01\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x19\n\x0c\x61\x64\x61pter_task\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x42\x07\n\x05inputB\x0f\n\r_adapter_task\"C\n\x0b\x43lassifyRow\x12\x0e\n\x06logits\x18\x01 \x03(\x02\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\r\n\x05label\x18\x03 \x01(\t\"\x85\x01\n\x10\x43lassifyResponse\x12%\n\x04rows\x18\x01 \x03(\x0b\x32\x17.peftmux.v1.ClassifyRow\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x04 \x01(\t\"\x9c\x01\n\x0c\x45mbedRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.peftmux.v1.TokenIdsH\x00\x12$\n\x07pooling\x18\x04 \x01(\x0e\x32\x13.peftmux.v1.Pooling\x12\x11\n\tnormalize\x18\x05 \x01(\x08\x42\x07\n\x05input\"^\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x03(\x02\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.peftmux.v1.Usage\x12\x18\n\x10\x61\x64\x61pter_revision\x18\x03 \x01(\t\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\"\x11\n\x0fGetModelRequest\"\xe8\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nparameters\x18\x07 \x01(\x04\x12\x15\n\radapter_kinds\x18\x08 \x03(\t\x12\x18\n\x10max_batch_tokens\x18\t \x01(\r\x12\x1b\n\x13max_queued_requests\x18\n \x01(\r*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*F\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x10\n\x0cPOOLING_LAST\x10\x02\x32\xc7\x03\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1b.peftmux.v1.GenerateRequest\x1a\x1c.peftmux.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.peftmux.v1.GenerateStreamRequest\x1a\".peftmux.v1.GenerateStreamResponse0\x01\x12\x45\n\x08\x43lassify\x12\x1b.peftmux.v1.ClassifyRequest\x1a\x1c.peftmux.v1.ClassifyResponse\x12<\n\x05\x45mbed\x12\x18.peftmux.v1.EmbedRequest\x1a\x19.peftmux.v1.EmbedResponse\x12\x45\n\x08Tokenize\x12\x1b.peftmux.v1.TokenizeRequest\x1a\x1c.peftmux.v1.TokenizeResponse\x12\x45\n\x08GetModel\x12\x1b.peftmux.v1.GetModelRequest\x1a\x1c.peftmux.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3435
-  _globals['_FINISHREASON']._serialized_end=3559
-  _globals['_POOLING']._serialized_start=3561
-  _globals['_POOLING']._serialized_end=3631
+  _globals['_FINISHREASON']._serialized_start=3688
+  _globals['_FINISHREASON']._serialized_end=3812
+  _globals['_POOLING']._serialized_start=3814
+  _globals['_POOLING']._serialized_end=3884
   _globals['_TOKENIDS']._serialized_start=42
   _globals['_TOKENIDS']._serialized_end=65
   _globals['_CHATMESSAGE']._serialized_start=67
@@ -53,38 +53,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPPINGPARAMS']._serialized_end=833
   _globals['_OUTPUTOPTIONS']._serialized_start=835
   _globals['_OUTPUTOPTIONS']._serialized_end=936
-  _globals['_GENERATEREQUEST']._serialized_start=939
-  _globals['_GENERATEREQUEST']._serialized_end=1327
-  _globals['_TOPLOGPROB']._serialized_start=1329
-  _globals['_TOPLOGPROB']._serialized_end=1376
-  _globals['_TOKENLOGPROB']._serialized_start=1378
-  _globals['_TOKENLOGPROB']._serialized_end=1481
-  _globals['_USAGE']._serialized_start=1483
-  _globals['_USAGE']._serialized_end=1563
-  _globals['_GENERATERESPONSE']._serialized_start=1566
-  _globals['_GENERATERESPONSE']._serialized_end=1821
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=1824
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=2218
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2221
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2482
-  _globals['_CLASSIFYREQUEST']._serialized_start=2485
-  _globals['_CLASSIFYREQUEST']._serialized_end=2631
-  _globals['_CLASSIFYROW']._serialized_start=2633
-  _globals['_CLASSIFYROW']._serialized_end=2700
-  _globals['_CLASSIFYRESPONSE']._serialized_start=2703
-  _globals['_CLASSIFYRESPONSE']._serialized_end=2836
-  _globals['_EMBEDREQUEST']._serialized_start=2839
-  _globals['_EMBEDREQUEST']._serialized_end=2995
-  _globals['_EMBEDRESPONSE']._serialized_start=2997
-  _globals['_EMBEDRESPONSE']._serialized_end=3091
-  _globals['_TOKENIZEREQUEST']._serialized_start=3093
-  _globals['_TOKENIZEREQUEST']._serialized_end=3124
-  _globals['_TOKENIZERESPONSE']._serialized_start=3126
-  _globals['_TOKENIZERESPONSE']._serialized_end=3179
-  _globals['_GETMODELREQUEST']._serialized_start=3181
-  _globals['_GETMODELREQUEST']._serialized_end=3198
-  _globals['_GETMODELRESPONSE']._serialized_start=3201
-  _globals['_GETMODELRESPONSE']._serialized_end=3433
-  _globals['_INFERENCESERVICE']._serialized_start=3634
-  _globals['_INFERENCESERVICE']._serialized_end=4089
+  _globals['_IMAGEPATCHES']._serialized_start=938
+  _globals['_IMAGEPATCHES']._serialized_end=999
+  _globals['_IMAGE']._serialized_start=1001
+  _globals['_IMAGE']._serialized_end=1119
+  _globals['_GENERATEREQUEST']._serialized_start=1122
+  _globals['_GENERATEREQUEST']._serialized_end=1545
+  _globals['_TOPLOGPROB']._serialized_start=1547
+  _globals['_TOPLOGPROB']._serialized_end=1594
+  _globals['_TOKENLOGPROB']._serialized_start=1596
+  _globals['_TOKENLOGPROB']._serialized_end=1699
+  _globals['_USAGE']._serialized_start=1701
+  _globals['_USAGE']._serialized_end=1781
+  _globals['_GENERATERESPONSE']._serialized_start=1784
+  _globals['_GENERATERESPONSE']._serialized_end=2039
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=2042
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=2471
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2474
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2735
+  _globals['_CLASSIFYREQUEST']._serialized_start=2738
+  _globals['_CLASSIFYREQUEST']._serialized_end=2884
+  _globals['_CLASSIFYROW']._serialized_start=2886
+  _globals['_CLASSIFYROW']._serialized_end=2953
+  _globals['_CLASSIFYRESPONSE']._serialized_start=2956
+  _globals['_CLASSIFYRESPONSE']._serialized_end=3089
+  _globals['_EMBEDREQUEST']._serialized_start=3092
+  _globals['_EMBEDREQUEST']._serialized_end=3248
+  _globals['_EMBEDRESPONSE']._serialized_start=3250
+  _globals['_EMBEDRESPONSE']._serialized_end=3344
+  _globals['_TOKENIZEREQUEST']._serialized_start=3346
+  _globals['_TOKENIZEREQUEST']._serialized_end=3377
+  _globals['_TOKENIZERESPONSE']._serialized_start=3379
+  _globals['_TOKENIZERESPONSE']._serialized_end=3432
+  _globals['_GETMODELREQUEST']._serialized_start=3434
+  _globals['_GETMODELREQUEST']._serialized_end=3451
+  _globals['_GETMODELRESPONSE']._serialized_start=3454
+  _globals['_GETMODELRESPONSE']._serialized_end=3686
+  _globals['_INFERENCESERVICE']._serialized_start=3887
+  _globals['_INFERENCESERVICE']._serialized_end=4342
 # @@protoc_insertion_point(module_scope)

@@ -16,6 +16,7 @@ from peftmux.client.types import (
     FinishReason,
     GenerateOptions,
     Generation,
+    Image,
     Model,
     PlainPrompt,
     Pooling,
@@ -67,13 +68,14 @@ _RESIDENCIES = {
 def request(kind: type[RequestT], prompt: Prompt, options: GenerateOptions) -> RequestT:
     """TypeError for an unknown option or another type of prompt; ValueError for a value the field cannot hold."""
     given: Mapping[str, Any] = {name: value for name, value in options.items() if value is not None}
-    unknown = given.keys() - {*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, "timeout"}
+    unknown = given.keys() - {*_all_options()}
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}; expected one of {', '.join(_all_options())}")
     return kind(
         sampling=inference_pb2.SamplingParams(**_only(given, SAMPLING)),
         stopping=inference_pb2.StoppingParams(**_only(given, STOPPING)),
         output=inference_pb2.OutputOptions(**_only(given, OUTPUT)),
+        images=[_image(image) for image in given.get("images", ())],
         **_only(given, PLAIN),
         **_input(prompt),
     )
@@ -99,6 +101,14 @@ def _plain_input(prompt: PlainPrompt) -> dict[str, Any]:
     return fields
 
 
+def _image(image: Image) -> inference_pb2.Image:
+    content: dict[str, Any] = {"encoded": image.data}
+    if image.rows or image.columns:
+        patches = inference_pb2.ImagePatches(rows=image.rows, columns=image.columns, values=image.data)
+        content = {"patches": patches}
+    return inference_pb2.Image(position=image.position, **content)
+
+
 def _input(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"text": prompt}
@@ -117,7 +127,7 @@ def _only(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _all_options() -> list[str]:
-    return sorted([*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, "timeout"])
+    return sorted([*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, "images", "timeout"])
 
 
 def generation(message: inference_pb2.GenerateResponse) -> Generation:

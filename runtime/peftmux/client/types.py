@@ -49,6 +49,18 @@ PlainPrompt: TypeAlias = str | Sequence[int]
 """A text, or token ids taken as they are."""
 
 
+@dataclass(frozen=True, slots=True)
+class Image:
+    """For an adapter that takes images: the bytes of a file (PNG, JPEG, ...), or a grid of patches."""
+
+    data: bytes
+    """With `rows` and `columns`: float32, little-endian, of each patch [3 channels, height, width], row by row."""
+    rows: int = 0
+    columns: int = 0
+    position: int | None = None
+    """The index of the prompt's token that it stands before; None: at the text's next "<image>", or in front."""
+
+
 class GenerateOptions(TypedDict, total=False):
     """Everything of a request beside its prompt. What is left out is the server's default; see inference.proto."""
 
@@ -75,6 +87,8 @@ class GenerateOptions(TypedDict, total=False):
     """Alternatives per generated token; 0 is the chosen token's log-probability only."""
     prompt_logprobs: int
     priority: int
+    images: Sequence[Image]
+    """For an adapter that takes them, in the prompt's order."""
     timeout: float
     """Seconds for the whole call, retries included, instead of the client's own."""
 

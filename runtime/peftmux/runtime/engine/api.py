@@ -202,6 +202,10 @@ class AsyncEngine(Protocol):
         """(role, content) pairs through the chat template with the generation prompt. InvalidRequest if it has none."""
         ...
 
+    def encode_around(self, text: str | Sequence[tuple[str, str]], marker: str) -> tuple[tuple[int, ...], ...]:
+        """A text's or a chat's tokens, as above, in the pieces between `marker`, which is no part of them."""
+        ...
+
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The tokenizer's own piece for each id."""
         ...

@@ -34,12 +34,17 @@ class ImageRule:
     both_ways: bool
 
 
+def decode_images(images: Sequence[Image], rule: ImageRule) -> tuple[Image, ...]:
+    """Files made into patches. InvalidRequest names the first that is not what it should be."""
+    if len(images) > MAX_IMAGES:
+        raise InvalidRequest("images", f"expected at most {MAX_IMAGES}, got {len(images)}")
+    return tuple(Image(image.position, _patches(image.content, rule, f"images[{i}]")) for i, image in enumerate(images))
+
+
 def place_images(
     prompt: tuple[int, ...], images: Sequence[Image], rule: ImageRule
 ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
     """-> (the prompt with pseudo-ids where images stand, its spans; images that touch are one span). InvalidRequest."""
-    if len(images) > MAX_IMAGES:
-        raise InvalidRequest("images", f"expected at most {MAX_IMAGES}, got {len(images)}")
     tokens: list[int] = []
     spans: list[ImageSpan] = []
     done = 0

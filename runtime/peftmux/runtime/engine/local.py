@@ -25,7 +25,7 @@ from peftmux.runtime.engine.api import (
 )
 from peftmux.runtime.engine.checks import check_images, check_prompt, check_request, check_task
 from peftmux.runtime.engine.core import Deliveries, EngineCore, max_new_tokens
-from peftmux.runtime.engine.images import place_images
+from peftmux.runtime.engine.images import decode_images, place_images
 from peftmux.runtime.engine.mailbox import Mailbox
 from peftmux.runtime.engine.placement import BASE, Placed
 from peftmux.runtime.engine.request import ActiveRequest, NoText
@@ -77,11 +77,16 @@ class LocalEngine:
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         return self._text.encode_chat(messages)
 
+    def encode_around(self, text: str | Sequence[tuple[str, str]], marker: str) -> tuple[tuple[int, ...], ...]:
+        return self._text.encode_around(text, marker)
+
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         return self._text.pieces(ids)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         check_request(request, self._info)
+        if request.images and request.adapter:
+            request = await self._decoded(request)
         mailbox = Mailbox()
         active = self._start(request, mailbox, readout.of_generation)
         with self._running(active, mailbox):
@@ -90,6 +95,15 @@ class LocalEngine:
                 delta = await mailbox.get()
                 over = delta.finish_reason is not None
                 yield delta
+
+    async def _decoded(self, request: GenerationRequest) -> GenerationRequest:
+        """With image files made into patches, off the loop."""
+        revision = self._adapters.store.acquire(request.adapter)
+        rule = revision.placement.images
+        self._adapters.store.release(revision)
+        if rule is None:
+            return request
+        return replace(request, images=await asyncio.to_thread(decode_images, request.images, rule))
 
     async def classify(self, request: ClassificationRequest) -> Classification:
         check_prompt(request.prompt, self._info)

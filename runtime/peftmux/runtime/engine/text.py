@@ -25,14 +25,27 @@ class Text:
             return tuple(self._need("input").encode(text))
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        return self._encode_plain(self._render(messages))
+
+    def encode_around(self, text: str | Sequence[tuple[str, str]], marker: str) -> tuple[tuple[int, ...], ...]:
+        """The pieces of a text or chat between the markers, each encoded; a text's first with the special tokens."""
+        rendered = text if isinstance(text, str) else self._render(text)
+        first, *rest = rendered.split(marker)
+        head = self.encode(first) if isinstance(text, str) else self._encode_plain(first)
+        return (head, *(self._encode_plain(piece) for piece in rest))
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(self._need("input").encode(text, add_special_tokens=False)) if text else ()
+
+    def _render(self, messages: Sequence[tuple[str, str]]) -> str:
         tokenizer = self._need("chat")
         if tokenizer.chat_template is None:
             raise InvalidRequest("chat", "expected text or token_ids: the tokenizer of this model has no chat template")
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             with self._lock:
-                rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-                return tuple(tokenizer.encode(rendered, add_special_tokens=False))
+                return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a program of its own; what it raises is about the messages
             raise InvalidRequest("chat", f"the chat template refused the messages: {error}") from error
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, cast
 
 from peftmux.runtime.engine.api import AsyncEngine, ClassificationRequest, Delta, EmbeddingRequest, GenerationRequest
 from peftmux.runtime.errors import InvalidRequest
-from peftmux.runtime.server import requests, responses
+from peftmux.runtime.params import Image
+from peftmux.runtime.server import images, requests, responses
 from peftmux.runtime.server.guard import Write
 from peftmux.runtime.server.pace import Pace
 from peftmux.v1 import inference_pb2 as pb
@@ -91,7 +92,7 @@ class InferenceService:
     ) -> GenerationRequest:
         info = self._engine.info
         sampling, stopping, output = requests.check_generation(message, info)
-        prompt = await self._prompt(message)
+        prompt, pictures = await self._illustrated(message) if message.images else (await self._prompt(message), ())
         requests.check_lengths(message, prompt, info)
         return GenerationRequest(
             prompt=prompt,
@@ -103,7 +104,21 @@ class InferenceService:
             deadline=deadline,
             stream=stream,
             task=requests.task_of(message),
+            images=pictures,
         )
+
+    async def _illustrated(self, message: requests.GenerationMessage) -> tuple[tuple[int, ...], tuple[Image, ...]]:
+        """The prompt without its images, and these with the places that they or the text's markers name."""
+        if images.named_positions(message):
+            return await self._prompt(message), images.images_at(message, [i.position for i in message.images])
+        pieces: Sequence[Sequence[int]] = [tuple(message.token_ids.ids)]
+        if message.WhichOneof("input") == "text":
+            pieces = await asyncio.to_thread(self._engine.encode_around, message.text, images.MARKER)
+        elif message.WhichOneof("input") == "chat":
+            turns = [(turn.role, turn.content) for turn in message.chat.messages]
+            pieces = await asyncio.to_thread(self._engine.encode_around, turns, images.MARKER)
+        prompt, positions = images.marked_positions(pieces, len(message.images))
+        return prompt, images.images_at(message, positions)
 
     async def _prompt(self, message: requests.PromptMessage) -> tuple[int, ...]:
         if message.WhichOneof("input") == "token_ids":
