@@ -175,7 +175,7 @@ BAD: dict[str, tuple[GenerationRequest, str]] = {
             ("max_tokens", -1, {"max_tokens": -1}),
             ("min_tokens", -1, {"min_tokens": -1}),
             ("min_tokens", 5, {"min_tokens": 5, "max_tokens": 4}),
-            ("stop", "empty", {"stop": ("",)}),
+            ("stop[0]", "empty", {"stop": ("",)}),
             ("stop_token_ids", 96, {"stop_token_ids": (96,)}),
             ("stop_token_ids", -1, {"stop_token_ids": (-1,)}),
         )
