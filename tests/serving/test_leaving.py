@@ -61,7 +61,7 @@ def test_a_second_interrupt_does_not_wait(start: Start):
     ("arguments", "message"),
     [
         (["/none/such"], "cannot load the base model '/none/such'"),
-        (["BASE", "--adapter", "x=ia3"], "IA3"),
+        (["BASE", "--adapter", "x=miss"], "MISS"),
         (["BASE", "--adapter", "x=/none/such"], "no adapter folder"),
         (["BASE", "--grpc", "TAKEN"], "cannot listen on"),
         (["BASE", "--metrics", "TAKEN"], "for metrics"),
@@ -71,7 +71,7 @@ def test_a_second_interrupt_does_not_wait(start: Start):
 )
 def test_a_start_that_fails_is_one_line(server: Running, arguments, message, capsys):
     root = FIXTURES / "peft" / "llama"
-    places = {"BASE": str(FIXTURES / "base" / "llama"), "TAKEN": server.grpc, "x=ia3": f"x={root / 'ia3'}"}
+    places = {"BASE": str(FIXTURES / "base" / "llama"), "TAKEN": server.grpc, "x=miss": f"x={root / 'miss'}"}
     fixed = ["--grpc", "127.0.0.1:0", "--metrics", "off", "--kv-cache-memory", "4MiB"]
     assert main(["serve", *fixed, *(places.get(argument, argument) for argument in arguments)]) == 1
     out, err = capsys.readouterr()

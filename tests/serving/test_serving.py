@@ -111,8 +111,8 @@ def test_what_is_wrong_with_an_adapter_is_said(client: Client):
         assert refused.value.violations[0][0] == "source"
     with pytest.raises(NotFound):
         client.load_adapter("bad", "no-such-folder")
-    with pytest.raises(FailedPrecondition, match="IA3") as unserved:
-        client.load_adapter("bad", "ia3")
+    with pytest.raises(FailedPrecondition, match="MISS") as unserved:
+        client.load_adapter("bad", "miss")
     assert unserved.value.reason
     client.load_adapter("lora", "lora")
     with pytest.raises(AlreadyExists):
@@ -285,6 +285,6 @@ def test_inspect_judges_as_a_server_would(client: Client, capsys):
     loaded = client.load_adapter("dora", "lora_dora")
     assert (status, fields["kind"], fields["revision"]) == (0, "dora", loaded.revision)
     assert (fields["tensors"], fields["applied_sites"]) == (loaded.tensors, loaded.applied_sites)
-    status, _, err = inspect("ia3")
+    status, _, err = inspect("miss")
     assert status == 1
     assert err.splitlines()[-1].startswith("peftmux adapters: UNSUPPORTED_METHOD: ")

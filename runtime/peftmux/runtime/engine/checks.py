@@ -77,10 +77,14 @@ def check_task(request: GenerationRequest, placed: Placed) -> None:
 
 def check_images(request: GenerationRequest, placed: Placed) -> None:
     """InvalidRequest for images that nobody takes, or beside log-probabilities of a prompt that has such tokens."""
+    checks = Checks()
     if request.images:
-        _expect(placed.images is not None, "images", f"none, {_who(request)} takes no images", len(request.images))
+        none = f"none, {_who(request)} takes no images"
+        checks.expect(placed.images is not None, "images", none, len(request.images))
         asked = request.output.prompt_logprobs
-        _expect(asked is None, "output.prompt_logprobs", "unset beside images, whose tokens have no probability", asked)
+        unset = "unset beside images, whose tokens have no probability"
+        checks.expect(asked is None, "output.prompt_logprobs", unset, asked)
+    checks.raise_first()
 
 
 def _who(request: GenerationRequest) -> str:
