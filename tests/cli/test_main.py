@@ -24,6 +24,7 @@ CONNECTION = {
     "--timeout",
     "--config",
 }
+ASKS = CONNECTION | {"--adapter", "--adapter-task", "--json"}
 SERVE = {
     "--config",
     "--adapters",
@@ -109,7 +110,13 @@ def test_flags_of_generate_are_frozen():
 
 def test_flags_of_classify_and_embed_are_frozen():
     assert flags(classify.build_parser()[0]) == CONNECTION | {"--adapter", "--adapter-task", "--json"}
-    assert flags(embed.build_parser()[0]) == CONNECTION | {"--adapter", "--pooling", "--normalize", "--json"}
+    assert flags(embed.build_parser()[0]) == CONNECTION | {
+        "--adapter",
+        "--adapter-task",
+        "--pooling",
+        "--normalize",
+        "--json",
+    }
 
 
 def test_classify_needs_an_adapter(capsys):

@@ -285,12 +285,12 @@ def test_embed(script, either):
     scripted, target = script
     scripted.on("Embed", inference_pb2.EmbedResponse(embedding=[0.5, -1], usage=inference_pb2.Usage(prompt_tokens=2)))
     assert either.call(target, "embed", "x") == Embedding((0.5, -1), Usage(2, 0, 0))
-    either.call(target, "embed", [1], adapter="a", pooling="last", normalize=True)
+    either.call(target, "embed", [1], adapter="a", adapter_task=2, pooling="last", normalize=True)
     first, second = scripted.requests
     assert first == inference_pb2.EmbedRequest(text="x", pooling=inference_pb2.POOLING_MEAN)
     tokens = inference_pb2.TokenIds(ids=[1])
     assert second == inference_pb2.EmbedRequest(
-        adapter="a", token_ids=tokens, pooling=inference_pb2.POOLING_LAST, normalize=True
+        adapter="a", adapter_task=2, token_ids=tokens, pooling=inference_pb2.POOLING_LAST, normalize=True
     )
     with pytest.raises(ValueError, match="median"):
         either.call(target, "embed", "x", pooling="median")

@@ -83,6 +83,11 @@ CLASSIFIERS: dict[str, tuple[str, str, Any]] = {
         "SEQ_CLS",
         lora("SEQ_CLS", target_modules=["v_proj"], trainable_token_indices=[5, 7, 101]),
     ),
+    "gpt2-tied-tokens": (
+        "gpt2",
+        "SEQ_CLS",
+        lora("SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices={"wte": [5, 101]}),
+    ),
     "opt-narrow": ("opt", "SEQ_CLS", lora("SEQ_CLS", target_modules=["q_proj", "fc1"])),
     "gemma2": ("gemma2", "TOKEN_CLS", lora("TOKEN_CLS", target_modules=["o_proj"])),
     "gpt_neox": ("gpt_neox", "TOKEN_CLS", lora("TOKEN_CLS", target_modules=["query_key_value"])),

@@ -80,7 +80,7 @@ def test_the_stream_request_has_the_unary_requests_fields() -> None:
     ("module", "digest"),
     [
         (adapters_pb2, "d5014c285e410277"),
-        (inference_pb2, "5c50318affbb15d2"),
+        (inference_pb2, "c9aaad692efd885a"),
     ],
 )
 def test_the_contract_does_not_move(module: ModuleType, digest: str) -> None:

@@ -60,6 +60,7 @@ def test_the_table_is_the_contract():
         "SourceForbidden": (code.INVALID_ARGUMENT, "SOURCE_FORBIDDEN"),
         "InvalidFields": (code.INVALID_ARGUMENT, "INVALID_FIELD"),
         "MalformedRequest": (code.INVALID_ARGUMENT, "MALFORMED_REQUEST"),
+        "RequestTooLarge": (code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
         "NotOffered": (code.UNIMPLEMENTED, "NOT_OFFERED"),
         "Unauthenticated": (code.UNAUTHENTICATED, "UNAUTHENTICATED"),
     }

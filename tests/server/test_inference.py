@@ -219,6 +219,12 @@ async def test_embed(served: Served, pooling, expected):
     assert served.engine.readouts == [EmbeddingRequest((97, 98), "", expected, True)]
 
 
+async def test_an_embedding_names_its_task(served: Served):
+    served.engine.adapters["a"] = adapter_info("a")
+    failure = await answer_of(served.inference.Embed(pb.EmbedRequest(adapter="a", adapter_task=1, text="x")))
+    assert (failure.code, list(failure.fields)) == (CODE.INVALID_ARGUMENT, ["adapter_task"])
+
+
 @pytest.mark.parametrize(
     ("method", "request_", "fields"),
     [
@@ -294,8 +300,12 @@ async def test_bytes_that_are_no_message_are_the_callers_error(served: Served, r
 
 
 async def test_a_request_past_the_size_limit_is_refused_and_the_server_goes_on(served: Served):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await served.inference.Tokenize(pb.TokenizeRequest(text="x" * (17 << 20)))
+    failure = await answer_of(served.inference.Tokenize(pb.TokenizeRequest(text="x" * (17 << 20))))
+    assert (failure.code, failure.info.reason) == (CODE.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")
+    assert "at most 16777216 bytes, got 178257" in failure.message
+    assert failure.retry is None
+    with pytest.raises(grpc.aio.AioRpcError) as caught:  # gRPC does not even read it
+        await served.inference.Tokenize(pb.TokenizeRequest(text="x" * (65 << 20)))
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
     assert len((await served.inference.Tokenize(pb.TokenizeRequest(text="x" * 300_000))).token_ids) == 300_000
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from peftmux.cli import values
 from peftmux.cli.connection import add_connection, connected
 from peftmux.cli.prompt import add_prompt, prompt_text
 from peftmux.cli.settings import Settings, parse
@@ -18,7 +19,11 @@ def main(argv: Sequence[str]) -> int:
     args = parse(parser, settings, argv, os.environ)
     with connected(args) as client:
         answer = client.embed(
-            prompt_text(args), adapter=args.adapter or "", pooling=args.pooling, normalize=args.normalize
+            prompt_text(args),
+            adapter=args.adapter or "",
+            adapter_task=args.adapter_task,
+            pooling=args.pooling,
+            normalize=args.normalize,
         )
     if args.json:
         print(json.dumps(dataclasses.asdict(answer)))
@@ -32,6 +37,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Settings]:
     settings = Settings(parser)
     add_prompt(settings)
     settings.add("--adapter", metavar="NAME", help="NAME or NAME@REVISION; the base model if left out")
+    settings.add("--adapter-task", metavar="N", type=values.natural, help="which task of a multi-task adapter")
     settings.add(
         "--pooling", choices=["mean", "last"], default="mean", help="over the text's tokens, or the last one alone"
     )

@@ -86,11 +86,15 @@ def classify_request(prompt: PlainPrompt, adapter: str, task: int | None) -> inf
 
 
 def embed_request(
-    prompt: PlainPrompt, adapter: str, pooling: Pooling | str, normalize: bool
+    prompt: PlainPrompt, adapter: str, task: int | None, pooling: Pooling | str, normalize: bool
 ) -> inference_pb2.EmbedRequest:
     """ValueError for a pooling that is none."""
     return inference_pb2.EmbedRequest(
-        adapter=adapter, pooling=_POOLINGS[Pooling(pooling)], normalize=normalize, **_plain_input(prompt)
+        adapter=adapter,
+        adapter_task=task,
+        pooling=_POOLINGS[Pooling(pooling)],
+        normalize=normalize,
+        **_plain_input(prompt),
     )
 
 

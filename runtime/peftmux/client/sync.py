@@ -91,12 +91,13 @@ class Client:
         prompt: PlainPrompt,
         *,
         adapter: str = "",
+        adapter_task: int | None = None,
         pooling: Pooling | str = Pooling.MEAN,
         normalize: bool = False,
         timeout: float | None = None,
     ) -> Embedding:
         """The prompt's final hidden states, pooled; with `normalize` of length 1."""
-        request = messages.embed_request(prompt, adapter, pooling, normalize)
+        request = messages.embed_request(prompt, adapter, adapter_task, pooling, normalize)
         return messages.embedding(self._call(wire.EMBED, request, timeout))
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> Tokens:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from peftmux.runtime.engine.api import AsyncEngine, EngineStats
 from peftmux.runtime.server.adapters import AdapterService
 from peftmux.runtime.server.auth import TokenInterceptor, Tokens
-from peftmux.runtime.server.guard import Guard
+from peftmux.runtime.server.guard import MAX_MESSAGE_BYTES, Guard
 from peftmux.runtime.server.inference import InferenceService
 from peftmux.runtime.server.metrics import EngineMetrics, RpcMetrics
 from peftmux.runtime.server.pace import Pace
@@ -35,7 +35,7 @@ _LAST_WORDS = 0.5
 """Seconds for statuses to reach the clients after the last request has ended."""
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a rival
-    ("grpc.max_receive_message_length", 16 << 20),  # a prompt of millions of token ids
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", -1),  # prompt_logprobs of a long prompt; the request bounds it
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

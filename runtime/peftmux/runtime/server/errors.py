@@ -3,7 +3,8 @@
     error                                             code                 reason
     peftmux.runtime.errors, peftmux.adapters.errors   see TABLE
     InvalidFields, NotOffered, Unauthenticated,       see TABLE
-      MalformedRequest (below; they exist only here)
+      MalformedRequest, RequestTooLarge (below; they
+      exist only here)
     anything else                                     INTERNAL             INTERNAL, a fixed message and a log entry
 
 A test walks both trees and fails for an error class that TABLE does not name.
@@ -40,6 +41,10 @@ class InvalidFields(RequestRefused):
 
 class MalformedRequest(RequestRefused):
     """The bytes are not the method's request message."""
+
+
+class RequestTooLarge(RequestRefused):
+    """More bytes than a request message may have."""
 
 
 class NotOffered(RequestRefused):
@@ -83,6 +88,7 @@ TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     adapters.SourceForbidden: (grpc.StatusCode.INVALID_ARGUMENT, "SOURCE_FORBIDDEN"),
     InvalidFields: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
     MalformedRequest: (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST"),
+    RequestTooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
     NotOffered: (grpc.StatusCode.UNIMPLEMENTED, "NOT_OFFERED"),
     Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
 }

@@ -18,9 +18,14 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from peftmux.runtime.errors import Draining
-from peftmux.runtime.server.errors import MalformedRequest, describe
+from peftmux.runtime.server.errors import MalformedRequest, RequestTooLarge, describe
 from peftmux.runtime.server.metrics import RpcMetrics
 from peftmux.runtime.server.status import abort
+
+MAX_REQUEST_BYTES = 16 << 20
+"""A prompt of millions of token ids."""
+MAX_MESSAGE_BYTES = 4 * MAX_REQUEST_BYTES
+"""What gRPC reads at all: between the two the server answers with its own error, past it gRPC with a bare status."""
 
 Write = Callable[[Any], Awaitable[None]]
 """Sends one response message; returns when the transport has room for the next."""
@@ -88,6 +93,8 @@ class Guard:
     def _admit(self, rpc: Rpc, raw: bytes) -> Message:
         if self.refusing:
             raise Draining("the server is shutting down and takes no new requests")
+        if len(raw) > MAX_REQUEST_BYTES:
+            raise RequestTooLarge(f"expected a request of at most {MAX_REQUEST_BYTES} bytes, got {len(raw)}")
         try:
             return rpc.parse(raw)
         except DecodeError:

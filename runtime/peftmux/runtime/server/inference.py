@@ -69,7 +69,8 @@ class InferenceService:
         prompt = await self._prompt(message)
         requests.check_readout_length(message, prompt, self._engine.info)
         pooling = requests.POOLINGS[message.pooling]
-        request = EmbeddingRequest(prompt, message.adapter, pooling, message.normalize, deadline=deadline)
+        task = requests.task_of(message)
+        request = EmbeddingRequest(prompt, message.adapter, pooling, message.normalize, task, deadline=deadline)
         with _named_input(message):
             return responses.embedding(await self._engine.embed(request))
 

@@ -44,10 +44,8 @@ def check_name(found: Checks, field: str, name: str) -> None:
 
 
 def task_of(message: PromptMessage) -> int | None:
-    """Which task of a multi-task adapter; None where the request names none, or cannot."""
-    if isinstance(message, inference_pb2.EmbedRequest) or not message.HasField("adapter_task"):
-        return None
-    return message.adapter_task
+    """Which task of a multi-task adapter; None where the request names none."""
+    return message.adapter_task if message.HasField("adapter_task") else None
 
 
 def check_generation(
