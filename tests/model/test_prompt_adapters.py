@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -133,31 +134,36 @@ async def test_running_rows_have_a_step_between_two_chunks_of_a_load(tmp_path: P
     """Steps hold 8 tokens: 40 virtual tokens are five of them, and a stream goes on between."""
     save("llama", prompt(40), tmp_path / "a")
     async with engine_for("llama", tmp_path) as engine:
-        alone = await ask(engine, request(PROMPTS[0], "", 60))
-        chunks: list[int] = []
-        computed, runner = engine._adapters._placement.compute, engine._core._runner
-        seen = 0
-        run = runner.run
+        alone = await ask(engine, request(PROMPTS[0], "", 200))
+        placement, runner = engine._adapters._placement, engine._core._runner
+        compute, run, ask_thread = placement.compute, runner.run, engine._thread.ask
+        ready = threading.Event()
+        before: list[int] = []
+        """Steps before each chunk."""
+        steps = 0
 
-        def counted(plan: Any) -> Any:
-            nonlocal seen
-            seen += 1
+        def step(plan: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            assert steps < 4 or ready.wait(20)
             return run(plan)
 
         def noted(chunk: Any) -> None:
-            chunks.append(seen)
+            before.append(steps)
             assert len(chunk.embeddings) <= 8
-            computed(chunk)
+            compute(chunk)
 
-        engine._adapters._placement.compute = noted  # type: ignore[method-assign]
-        runner.run = counted  # type: ignore[method-assign]
-        stream = asyncio.create_task(ask(engine, request(PROMPTS[0], "", 60)))
-        while seen < 3:
-            await asyncio.sleep(0.001)
+        def loaded(call: Any) -> Any:
+            """Of the load: the files are read, what follows runs beside the stream."""
+            ready.set()
+            return ask_thread(call)
+
+        placement.compute, runner.run = noted, step  # type: ignore[method-assign]
+        engine._thread.ask = loaded  # type: ignore[method-assign]
+        stream = asyncio.create_task(ask(engine, request(PROMPTS[0], "", 200)))
         await load(engine, "a")
         assert (await stream).ids == alone.ids
-        assert len(chunks) == 5
-        assert len(set(chunks)) == 5, "two chunks ran without a step between them"
+        assert len(before) == len(set(before)) == 5, "two chunks ran without a step between them"
 
 
 async def test_a_load_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -101,12 +101,9 @@ class EngineThread:
         self._publish()
 
     def _answer_calls(self) -> None:
-        while True:
-            try:
-                call = self._calls.get_nowait()
-            except Empty:
-                return
-            call()
+        """Those that wait now: who posts the next call when one is answered does not hold up the next step."""
+        for _ in range(self._calls.qsize()):
+            self._calls.get_nowait()()
 
     def _publish(self) -> None:
         deliveries = self._core.deliveries()
