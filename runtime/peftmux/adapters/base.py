@@ -106,6 +106,11 @@ class BaseModel(Protocol):
         ...
 
     @property
+    def takes_virtual_tokens(self) -> bool:
+        """What the input embedding gives for single tokens can be replaced."""
+        ...
+
+    @property
     def head(self) -> str | None:
         """The linear site that turns hidden states into logits; None where it is not a plain linear layer."""
         ...

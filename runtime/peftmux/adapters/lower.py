@@ -68,6 +68,11 @@ def plan_adapter(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> 
         )
     method, split = METHODS[peft_type], split_head(config, shapes, base)
     if split is not None:
+        if method.generates:
+            got = show(config.get("task_type"))
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_TASK, f"field task_type: expected CAUSAL_LM with {peft_type}, got {got}"
+            )
         return _with_head(method.plan(split.config, split.shapes, split.base), split.head)
     if method.needs_head:
         got = show(config.get("task_type"))

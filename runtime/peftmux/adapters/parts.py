@@ -17,11 +17,13 @@ from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart, ShareRule
 from peftmux.kernels.rows import ReplacedRows
 from peftmux.kernels.sparse import SparsePart
+from peftmux.kernels.virtual import VirtualRows
 from peftmux.kernels.vision import VisionPart
 
 __all__ = [
     "FIRST_PASS",
     "IMAGES",
+    "VIRTUAL_TOKENS",
     "ClassifierPart",
     "EmbeddingPart",
     "ExpertsPart",
@@ -38,6 +40,8 @@ __all__ = [
     "RoutedPart",
     "RouterPart",
     "SparsePart",
+    "TokenGroup",
+    "VirtualRows",
     "VirtualTokens",
     "VisionPart",
 ]
@@ -46,6 +50,8 @@ FIRST_PASS = "(first pass)"
 """The place of a ClassifierPart."""
 IMAGES = "(images)"
 """The place of a VisionPart."""
+VIRTUAL_TOKENS = "(virtual tokens)"
+"""The place of VirtualRows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ Part = (
     | NormPart
     | EmbeddingPart
     | ExpertsPart
+    | VirtualRows
     | RouterPart
     | MixturePart
     | RoutedPart
@@ -112,6 +119,15 @@ class VirtualTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenGroup:
+    """Virtual tokens that stand together: rows of `VirtualRows`, in the order of the groups."""
+
+    tokens: int
+    at: int
+    """k > 0: before a prompt's k-th token, counted from 0; -1: after its last, -2: before its last, ..."""
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """What one adapter is made of. Tensors are float32 on the CPU; the device chooses its dtype."""
 
@@ -125,6 +141,8 @@ class Parts:
     """Reads the final hidden states; such an adapter classifies, and generates nothing."""
     virtual: VirtualTokens | None = None
     """Instead of a prefix, which it becomes."""
+    template: tuple[TokenGroup, ...] = ()
+    """Where the virtual tokens of VIRTUAL_TOKENS stand in a request."""
 
     def placed(self) -> Iterator[tuple[str, LinearPart | Part]]:
         """Every part that sits at a named place, with the name."""

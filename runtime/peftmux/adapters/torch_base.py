@@ -84,6 +84,10 @@ class TorchBase:
     def embedding_width(self) -> int:
         return int(self.module.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
 
+    @property
+    def takes_virtual_tokens(self) -> bool:
+        return isinstance(self.module.get_input_embeddings(), nn.Embedding)  # type: ignore[operator]
+
     @cached_property
     def head(self) -> str | None:
         head = self.module.get_output_embeddings()  # type: ignore[operator]

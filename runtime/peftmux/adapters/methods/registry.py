@@ -41,3 +41,5 @@ class Method:
     """The kinds of adapter it can serve on a base, as METHOD on the command line."""
     needs_head: bool = False
     """Its files are refused unless a classification head stands in them."""
+    generates: bool = False
+    """Its files are refused where a classification head stands in them: nothing says what that would read."""

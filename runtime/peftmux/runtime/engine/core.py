@@ -100,7 +100,7 @@ class EngineCore:
         placed = active.revision.placement if active.revision else BASE
         prefix = placed.prefix(request.task)
         virtual = prefix.length if prefix else 0
-        total = virtual + len(request.prompt) + active.max_tokens
+        total = virtual + len(active.tokens) + active.max_tokens
         start = invocation_start(request.prompt, placed.invocation)
         slot, salt, active_from = placed.slot, placed.salt_of(request.task), 0
         if start is None:
@@ -112,12 +112,13 @@ class EngineCore:
         return NewRow(
             id=active.id,
             slot=slot,
-            prompt=request.prompt,
+            prompt=active.tokens,
             max_total=total,
             sampling=request.sampling,
             output=request.output,
             salt=salt,
             prefix=prefix,
+            inner_virtual=sum(token < 0 for token in active.tokens) if placed.template or active.images else 0,
             position_offset=placed.position_offset,
             min_tokens=request.stopping.min_tokens,
             end_token_ids=tuple(active.ends),

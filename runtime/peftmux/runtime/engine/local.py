@@ -31,6 +31,7 @@ from peftmux.runtime.engine.placement import BASE, Placed
 from peftmux.runtime.engine.request import ActiveRequest, NoText
 from peftmux.runtime.engine.text import Text
 from peftmux.runtime.engine.thread import EngineThread
+from peftmux.runtime.engine.virtual import fill_template, without_trailing
 from peftmux.runtime.errors import DeadlineExceeded, Draining, EngineDead
 from peftmux.runtime.params import Readout
 from peftmux.runtime.residency.store import Revision
@@ -229,22 +230,28 @@ class LocalEngine:
         prefix = placed.prefix(request.task)
         virtual = prefix.length if prefix else 0
         context, capacity = self._info.context_length, self._core.scheduler.max_row_tokens(prefix)
+        tokens = fill_template(request.prompt, placed.template)
         if reads is not None:
-            readout.check_room(len(request.prompt), virtual, context, capacity)
+            readout.check_room(len(tokens), virtual, context, capacity)
             if reads is Readout.SEQUENCE:
-                request = replace(request, prompt=readout.classified_part(request.prompt, self._pad))
-            return ActiveRequest(next(self._ids), request, revision, NoText(), frozenset(), 1, mailbox.put, reads)
+                tokens = readout.classified_part(request.prompt, self._pad)
+                request = replace(request, prompt=tokens)
+            tokens = without_trailing(tokens)
+            return ActiveRequest(
+                next(self._ids), request, tokens, revision, NoText(), frozenset(), 1, mailbox.put, reads
+            )
         stream = self._text.stream(request.prompt, request.stopping)
         spans: tuple[ImageSpan, ...] = ()
         check_images(request, placed)
         if placed.images is not None and request.images:
-            prompt, spans = place_images(request.prompt, request.images, placed.images)
-            request = replace(request, prompt=prompt)
-        limit = max_new_tokens(len(request.prompt), virtual, request.stopping.max_tokens, context, capacity)
+            tokens, spans = place_images(request.prompt, request.images, placed.images)
+            request = replace(request, prompt=tokens)
+        beside = virtual + len(tokens) - len(request.prompt)
+        limit = max_new_tokens(len(request.prompt), beside, request.stopping.max_tokens, context, capacity)
         ends = frozenset(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
             ends |= self._end_token_ids
-        return ActiveRequest(next(self._ids), request, revision, stream, ends, limit, mailbox.put, images=spans)
+        return ActiveRequest(next(self._ids), request, tokens, revision, stream, ends, limit, mailbox.put, images=spans)
 
 
 def _hand_out(deliveries: Deliveries) -> None:

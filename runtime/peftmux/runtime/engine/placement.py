@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
-from peftmux.adapters.parts import IMAGES, LoweredAdapter, VisionPart
+from peftmux.adapters.parts import IMAGES, LoweredAdapter, TokenGroup, VisionPart
 from peftmux.runtime.engine.images import ImageRule
 from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
@@ -59,6 +59,8 @@ class Placed:
     """Of a multi-task adapter; 0 for any other."""
     images: ImageRule | None = None
     """Of an adapter that takes images."""
+    template: tuple[TokenGroup, ...] = ()
+    """Virtual tokens among a request's own."""
 
     @property
     def position_offset(self) -> int:
@@ -83,11 +85,12 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
     AdapterInvalid for values that overflow the base's dtype, and for a prefix that leaves no room for a prompt.
     """
     prefix = lowered.parts.prefix or lowered.parts.virtual
-    if prefix is not None and prefix.length >= model.context_length - 1:
+    tokens = (prefix.length if prefix else 0) + sum(group.tokens for group in lowered.parts.template)
+    if tokens >= model.context_length - 1:
         raise AdapterInvalid(
             Reason.TOO_LARGE,
             f"expected at most {model.context_length - 2} virtual tokens in a context of {model.context_length}, "
-            f"got {prefix.length}",
+            f"got {tokens}",
         )
     try:
         sites = _prepare_sites(model, lowered)
@@ -193,6 +196,7 @@ class DevicePlacement:
             labels=() if head is None else head.labels,
             tasks=parts.virtual.tasks if parts.virtual else 0,
             images=_image_rule(adapter.lowered),
+            template=parts.template,
         )
 
     def _place_prefixes(self, name: str, adapter: PreparedAdapter) -> tuple[PrefixBlocks, ...]:

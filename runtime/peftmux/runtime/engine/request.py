@@ -43,6 +43,8 @@ class ActiveRequest:
 
     id: int
     request: GenerationRequest
+    tokens: tuple[int, ...]
+    """The prompt with its adapter's virtual tokens, below zero, where they stand among the real ones."""
     revision: Revision[Placed] | None
     """Leased until the request ends; None for the base model."""
     text: TextStream
@@ -66,7 +68,7 @@ class ActiveRequest:
     _states: list[State] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.request.output.prompt_logprobs is not None:
+        if self.request.output.prompt_logprobs is not None and self.tokens[0] >= 0:
             self._prompt_logprobs.append(TokenLogprob(self.request.prompt[0], None))  # nothing predicts the first
 
     @property
@@ -75,7 +77,7 @@ class ActiveRequest:
 
     def accept(self, result: RowResult) -> FinishReason | None:
         """Take in what a step gave this row; the reason if that ended it."""
-        self._prompt_logprobs += result.prompt_logprobs
+        self._prompt_logprobs += [entry for entry in result.prompt_logprobs if entry.token_id >= 0]
         self._read(result.states)
         token = result.token
         if token is None:

@@ -1,4 +1,4 @@
-"""Virtual tokens in front of rows: computed once, into the adapter's own cache blocks."""
+"""Virtual tokens: those in front of rows are computed once, into the adapter's own cache blocks; others join a row."""
 
 from __future__ import annotations
 
@@ -8,8 +8,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftmux.adapters.parts import TokenGroup
+from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.params import OutputOptions, SamplingParams
 from peftmux.runtime.scheduler import PrefixBlocks, RowPlan, Scheduler
+
+
+def fill_template(prompt: tuple[int, ...], template: Sequence[TokenGroup]) -> tuple[int, ...]:
+    """The prompt with the template's virtual tokens, as ids -1, -2, ... in the order of its groups.
+
+    InvalidRequest for a prompt that is too short for a group's position.
+    """
+    if not template:
+        return prompt
+    inserts: list[tuple[int, bool, list[int]]] = []
+    used = 0
+    for group in template:
+        index = group.at if group.at >= 0 else len(prompt) + 1 + group.at
+        if not 0 <= index <= len(prompt):
+            least = group.at if group.at >= 0 else -1 - group.at
+            raise InvalidRequest(
+                "input", f"expected at least {least} tokens for the adapter's template, got {len(prompt)}"
+            )
+        inserts.append((index, group.at < 0, list(range(-1 - used, -1 - used - group.tokens, -1))))
+        used += group.tokens
+    filled: list[int] = []
+    done = 0
+    for index, _, ids in sorted(inserts, key=lambda insert: insert[:2]):
+        filled += [*prompt[done:index], *ids]
+        done = index
+    return (*filled, *prompt[done:])
+
+
+def without_trailing(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Up to the last real token: what stands after it cannot change its hidden state."""
+    end = len(tokens)
+    while tokens[end - 1] < 0:
+        end -= 1
+    return tokens[:end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +75,7 @@ def _row(slot: int, prefix: PrefixBlocks, start: int, stop: int, block_size: int
     return RowPlan(
         row=0,
         slot=slot,
-        tokens=tuple(range(-1 - start, -1 - stop, -1)),
+        tokens=(0,) * (stop - start),
         start=start,
         position_offset=0,
         blocks=prefix.blocks[: -(-stop // block_size)],

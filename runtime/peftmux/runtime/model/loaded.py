@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLayer, ParameterSite
 from peftmux.adapters.experts import parameter_names
+from peftmux.adapters.parts import VIRTUAL_TOKENS, VirtualRows
 from peftmux.kernels.head import HeadSite
 from peftmux.runtime.model.discover import AttentionLayer
 from peftmux.runtime.model.first_pass import shows_its_hidden_state
@@ -84,6 +85,7 @@ class LoadedModel:
         self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
         self.first_pass = swapped.first_pass
         self.vision = swapped.vision
+        self.virtual = swapped.virtual
         self.step = step
         self.context_length = context_length
         self.heads = HeadSite(module.device)
@@ -121,6 +123,10 @@ class LoadedModel:
     @property
     def embedding_width(self) -> int:
         return self.embedding_weight().shape[1]
+
+    @property
+    def takes_virtual_tokens(self) -> bool:
+        return (VirtualRows, VIRTUAL_TOKENS) in self.places
 
     @property
     def head(self) -> str | None:

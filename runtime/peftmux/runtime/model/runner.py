@@ -15,6 +15,7 @@ from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sampler import prompt_logprobs, sample
 from peftmux.runtime.model.states import read_out
 from peftmux.runtime.model.step import StepInputs, index_tensor
+from peftmux.runtime.model.virtual import joined, virtual_vectors
 from peftmux.runtime.params import State, TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan, RowResult, StepPlan, StepResult
 
@@ -84,8 +85,11 @@ class Runner:
             tokens.add(row.slot, passive, len(row.tokens))
             kept.add(row.slot, sum(i < passive for i in predicting) if passive > 0 else 0, len(predicting))
         vectors = None
+        if not self.model.virtual.empty:
+            vectors = virtual_vectors(rows, self.model.virtual)
         if any(row.images for row in rows):
-            vectors = image_vectors(rows, self.model.vision)
+            vectors = joined(vectors, image_vectors(rows, self.model.vision))
+        if vectors is not None:
             ids = [max(token, 0) for token in ids]
         return StepInputs(
             ids=index_tensor(ids, device).unsqueeze(0),
@@ -126,6 +130,20 @@ def _predicting(row: RowPlan) -> list[int]:
     return indices
 
 
+def _reported(row: RowPlan, logits: Tensor) -> tuple[TokenLogprob, ...]:
+    """Of the prompt tokens that this step predicts. A virtual token predicts nothing, and nothing predicts one."""
+    following = row.next_tokens
+    top = row.output.prompt_logprobs or 0
+    own = row.tokens[row.prompt_logprobs_from : row.prompt_logprobs_from + len(following)]
+    if min(min(own), min(following)) >= 0:
+        return prompt_logprobs(logits, following, top)
+    entries = prompt_logprobs(logits, [max(token, 0) for token in following], top)
+    return tuple(
+        entry if before >= 0 and after >= 0 else TokenLogprob(after, None)
+        for before, after, entry in zip(own, following, entries, strict=False)
+    )
+
+
 def _results(rows: Sequence[RowPlan], logits: Tensor, states: Mapping[int, tuple[State, ...]]) -> tuple[RowResult, ...]:
     """logits: [S, V], the rows' predicting tokens in order; states: by row."""
     sampling = [row for row in rows if row.samples]
@@ -135,7 +153,7 @@ def _results(rows: Sequence[RowPlan], logits: Tensor, states: Mapping[int, tuple
     for row in rows:
         if row.next_tokens:
             part = logits[at : at + len(row.next_tokens)]
-            prompts[row.row] = tuple(prompt_logprobs(part, row.next_tokens, row.output.prompt_logprobs or 0))
+            prompts[row.row] = _reported(row, part)
             at += len(row.next_tokens)
         if row.samples:
             drawn_from.append(at)

@@ -16,7 +16,7 @@ from peftmux.adapters.base import FeedForwardSite, LinearSite, NormLayer, Parame
 from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_site
-from peftmux.adapters.parts import FIRST_PASS, IMAGES, ClassifierPart, VisionPart
+from peftmux.adapters.parts import FIRST_PASS, IMAGES, VIRTUAL_TOKENS, ClassifierPart, VirtualRows, VisionPart
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
@@ -24,6 +24,7 @@ from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.mixture import MixturePart
 from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart
+from peftmux.kernels.virtual import VirtualSite
 from peftmux.kernels.vision import VisionSite
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
@@ -69,6 +70,7 @@ class Swapper:
         self.first_pass = FirstPass(model.device)
         self.places[ClassifierPart, FIRST_PASS] = self.first_pass
         self.norm_sites: dict[str, NormLayer] = {}
+        self.virtual = VirtualSite(model.dtype, model.device)
         self.vision = VisionSite(model.device)
         self.places[VisionPart, IMAGES] = self.vision
         self.parameter_sites: dict[str, ParameterSite] = {}
@@ -100,10 +102,12 @@ class Swapper:
     def _swap_embedding(self) -> None:
         table = self._model.get_input_embeddings()
         path = next(name for name, module in self._model.named_modules() if module is table)
-        if type(table) is nn.Embedding:
+        if isinstance(table, nn.Embedding):
             swapped = SiteEmbedding(table, self._step)
             self._model.set_input_embeddings(swapped)
-            self.places[EmbeddingPart, path] = swapped.site
+            self.places[VirtualRows, VIRTUAL_TOKENS] = self.virtual
+            if type(table) is nn.Embedding:  # others scale what they look up, for instance
+                self.places[EmbeddingPart, path] = swapped.site
 
     def _find_feed_forward(self, path: str, module: nn.Module) -> Mixtures | None:
         block = feed_forward(module)

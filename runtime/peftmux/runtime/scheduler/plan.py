@@ -24,7 +24,8 @@ class ImageSpan:
 class RowPlan:
     """The work of one request in one step.
 
-    A row is the request's virtual tokens (negative pseudo-ids, -1 .. -n), then its prompt, then what it generated.
+    A row is the request's leading virtual tokens (negative pseudo-ids, -1 .. -n), then its prompt, which may hold
+    virtual tokens of its own (again from -1 on), then what it generated.
     `start` counts cache positions from the row's first virtual token; `start + position_offset` is the position id.
     """
 
@@ -47,7 +48,10 @@ class RowPlan:
     prompt_logprobs_from: int
     """With output.prompt_logprobs: rows of `tokens` from this index on predict prompt tokens; else len(tokens)."""
     next_tokens: tuple[int, ...]
-    """The prompt tokens that those rows predict, in order (the last may be absent at the prompt's end)."""
+    """The prompt tokens that those rows predict, in order (the last may be absent at the prompt's end).
+
+    A virtual token predicts nothing and nothing predicts one: such an entry of the result has no logprob.
+    """
     suppressed: tuple[int, ...]
     """Token ids that may not be drawn yet (end tokens before min_tokens)."""
     history: tuple[int, ...]

@@ -34,6 +34,7 @@ class NewRow:
     slot: int
     """Device slot of the adapter revision; 0 is the base model."""
     prompt: tuple[int, ...]
+    """With negative pseudo-ids where virtual tokens stand among the real ones."""
     max_total: int
     """The most tokens the row may come to hold: virtual, prompt and generated. The engine finishes it there."""
     sampling: SamplingParams
@@ -43,6 +44,8 @@ class NewRow:
     prefix: PrefixBlocks | None = None
     virtual_tokens: int = 0
     """Leading virtual tokens to compute (negative pseudo-ids), where there is no prefix."""
+    inner_virtual: int = 0
+    """How many tokens of the prompt are virtual, or of images."""
     position_offset: int = 0
     min_tokens: int = 0
     end_token_ids: tuple[int, ...] = ()
@@ -67,7 +70,7 @@ class NewRow:
             raise ValueError(f"row {self.id}: expected a positive weight, got {self.weight}")
         if self.virtual_tokens and self.prefix:
             raise ValueError(f"row {self.id}: expected virtual tokens or a prefix, got both")
-        if (self.virtual_tokens or self.prefix) and not self.salt:
+        if (self.virtual_tokens or self.inner_virtual or self.prefix) and not self.salt:
             raise ValueError(f"row {self.id}: expected a salt beside virtual tokens or a prefix, got none")
         if self.max_total <= self.num_virtual + len(self.prompt):
             raise ValueError(
@@ -211,13 +214,21 @@ class Row:
             report,
             predicted,
             new.end_token_ids if len(tokens) - self.prompt_end < new.min_tokens else (),
-            tuple([t for t in tokens[self.num_virtual :] if t >= 0]) if self.wants_history else (),
-            len(new.prompt) - sum(span.stop - span.start for span in new.images),
+            self._real_tokens(len(tokens)) if self.wants_history else (),
+            len(new.prompt) - new.inner_virtual,
             new.active_from,
             new.readout,
             count if new.readout is None else min(max(self.next_reported - start, 0), count),
             tuple([span for span in new.images if span.start < end and start < span.stop]) if new.images else (),
         )
+
+    def num_real(self, stop: int) -> int:
+        """How many of the first `stop` tokens are not virtual."""
+        return len(self._real_tokens(stop)) if self.new.inner_virtual else max(0, stop - self.num_virtual)
+
+    def _real_tokens(self, stop: int) -> tuple[int, ...]:
+        tokens = self.tokens[self.num_virtual : stop]
+        return tuple([token for token in tokens if token >= 0]) if self.new.inner_virtual else tuple(tokens)
 
     def _blocks_until(self, end: int) -> tuple[int, ...]:
         """The table is rebuilt only when it grows: a decode row keeps one tuple for block_size steps."""

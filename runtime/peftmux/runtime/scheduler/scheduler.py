@@ -278,7 +278,7 @@ class Scheduler:
             return
         row.order = (-row.new.priority, self._admitted)
         self._admitted += 1
-        row.cached_tokens = max(0, row.num_computed - row.num_virtual)
+        row.cached_tokens = row.num_real(row.num_computed)
         self._waiting.charge(row, PROMPT_TOKEN_COST * row.pending)
 
     def update(self, result: StepResult) -> tuple[RowResult, ...]:

@@ -1,0 +1,36 @@
+"""Virtual tokens among a row's own in a step: the vectors that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.virtual import VirtualSite
+from peftmux.runtime.scheduler.plan import RowPlan
+
+Vectors = tuple[Tensor, Tensor]
+"""As StepInputs.vectors."""
+
+
+def virtual_vectors(rows: Sequence[RowPlan], site: VirtualSite) -> Vectors | None:
+    """-> (which tokens of the flat batch are virtual [n], what stands for their embeddings [n, D]), None for none."""
+    tokens: list[int] = []
+    values: list[Tensor] = []
+    first = 0
+    for row in rows:
+        if row.slot in site and min(row.tokens) < 0:
+            own = [i for i, token in enumerate(row.tokens) if token < 0]
+            tokens += [first + i for i in own]
+            values.append(site.lookup(row.slot, [row.tokens[i] for i in own]))
+        first += len(row.tokens)
+    return (torch.tensor(tokens, device=site.device), torch.cat(values)) if tokens else None
+
+
+def joined(one: Vectors | None, other: Vectors) -> Vectors:
+    """Of one step: no token is in both."""
+    if one is None:
+        return other
+    dtype = torch.promote_types(one[1].dtype, other[1].dtype)
+    return torch.cat([one[0], other[0]]), torch.cat([one[1].to(dtype), other[1].to(dtype)])
