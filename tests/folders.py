@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 GENERATES = {
+    "adapterhub/llama/fusion": "fusion",
+    "adapterhub/llama/houlsby_double_seq_bn": "houlsby",
+    "adapterhub/llama/ia3": "ia3",
+    "adapterhub/llama/lora": "lora",
+    "adapterhub/llama/parallel_par_bn": "parallel",
+    "adapterhub/llama/pfeiffer_leave_out_0": "pfeiffer",
+    "adapterhub/llama/pfeiffer_seq_bn": "pfeiffer",
     "peft/llama/lora": "lora",
     "peft/llama/lora_alora": "lora",
     "peft/llama/lora_dora": "dora",
@@ -61,6 +68,7 @@ HALF = {
 }
 """As GENERATES, made on a bfloat16 base."""
 CLASSIFIES = {
+    "adapterhub/llama/pfeiffer_with_head": "pfeiffer",
     "peft/llama/lora.seq_cls": "lora",
     "peft/llama/lora.token_cls": "lora",
     "peft/llama/lora_dora.seq_cls": "dora",
@@ -84,14 +92,6 @@ CLASSIFIES = {
 }
 """Folder -> kind, of adapters with a sequence or token head."""
 REFUSED = {
-    "adapterhub/llama/fusion": ("MISSING_FILE", "adapter_config.json"),
-    "adapterhub/llama/houlsby_double_seq_bn": ("UNSUPPORTED_FORMAT", "AdapterHub"),
-    "adapterhub/llama/ia3": ("UNSUPPORTED_FORMAT", "AdapterHub"),
-    "adapterhub/llama/lora": ("UNSUPPORTED_FORMAT", "AdapterHub"),
-    "adapterhub/llama/parallel_par_bn": ("UNSUPPORTED_FORMAT", "AdapterHub"),
-    "adapterhub/llama/pfeiffer_leave_out_0": ("UNSUPPORTED_FORMAT", "AdapterHub"),
-    "adapterhub/llama/pfeiffer_seq_bn": ("UNSUPPORTED_FORMAT", "AdapterHub"),
-    "adapterhub/llama/pfeiffer_with_head": ("UNSUPPORTED_FORMAT", "AdapterHub"),
     "adapterhub/llama/prefix_tuning_flat": ("PICKLE", "peftmux adapters convert"),
     "peft/llama/adaption_prompt": ("UNSUPPORTED_METHOD", "ADAPTION_PROMPT"),
     "peft/llama/cartridge": ("UNSUPPORTED_METHOD", "CARTRIDGE"),

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from peftmux.adapters.base import ResidualBranch
+from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.parts import (
+    Bottleneck,
     EmbeddingPart,
     ExpertsPart,
+    Fusion,
     InputScale,
     LinearPart,
     LoweredAdapter,
@@ -26,6 +30,7 @@ from peftmux.adapters.parts import (
     SparsePart,
 )
 from peftmux.adapters.torch_base import TorchBase
+from peftmux.kernels.bottleneck import apply_bottleneck, apply_fusion
 from peftmux.kernels.embedding import apply_embedding_part
 from peftmux.kernels.inputs import scale_input
 from peftmux.kernels.lowrank import apply_linear_part
@@ -87,6 +92,24 @@ def _hook_norm(norm: nn.Module, part: NormPart, active: Tensor) -> Any:
     return norm.register_forward_hook(changed)
 
 
+def _hook_branch(module: nn.Module, branch: ResidualBranch, part: Bottleneck | Fusion, active: Tensor) -> list[Any]:
+    """The stream is what the branch's norm reads; an attention module gives its output first of a tuple."""
+    stream: list[Tensor] = []
+
+    def read(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        stream.append(inputs[0])
+
+    def changed(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        y, h = output[0] if isinstance(output, tuple) else output, stream.pop()
+        apply: Any = apply_bottleneck if isinstance(part, Bottleneck) else apply_fusion
+        flat = [t.reshape(-1, t.shape[-1]) for t in (y, h)]
+        new = torch.where(active, apply(*flat, part), flat[0]).view_as(y)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    norm, own = module.get_submodule(branch.norm), module.get_submodule(branch.name)
+    return [norm.register_forward_pre_hook(read), own.register_forward_hook(changed)]
+
+
 def _along(active: Tensor, output: Tensor) -> Tensor:
     """active: [rows * T, 1], shaped for an output [rows * T, D], [rows, T, ..., D] or [rows, heads, T, D]."""
     if output.dim() == 2:
@@ -119,6 +142,7 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
         return changed
 
     parts = [(s, p) for s, ps in adapter.parts.others.items() for p in ps] + [*adapter.parts.linear.items()]
+    branches = residual_branches(module)  # before there are hooks
     weights = [(module.get_parameter(s), p) for s, p in parts if isinstance(p, ExpertsPart | RouterPart)]
     before = [weight.detach().clone() for weight, _ in weights]
     for weight, part in weights:
@@ -130,6 +154,9 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
         if type(p) in _CHANGES
     ]
     handles += [_hook_norm(module.get_submodule(s), p, active) for s, p in parts if isinstance(p, NormPart)]
+    for s, p in parts:
+        if isinstance(p, Bottleneck | Fusion):
+            handles += _hook_branch(module, branches[s], p, active)
     handles += [_hook_input(module.get_submodule(s), p, active) for s, p in parts if isinstance(p, InputScale)]
     try:
         yield

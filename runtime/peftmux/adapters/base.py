@@ -53,6 +53,17 @@ class FeedForwardSite:
 
 
 @dataclass(frozen=True, slots=True)
+class ResidualBranch:
+    """An attention or feed-forward module whose output is added, as it is, to the residual stream that `norm` reads."""
+
+    name: str
+    layer: int
+    role: str
+    """ "attention" or "feed_forward"."""
+    norm: str
+
+
+@dataclass(frozen=True, slots=True)
 class KVShape:
     """One attention layer's cache: keys [kv_heads, key_dim] and values [kv_heads, value_dim] per token."""
 
@@ -79,6 +90,11 @@ class BaseModel(Protocol):
 
     @property
     def linear_sites(self) -> Mapping[str, LinearSite]: ...
+    @property
+    def branches(self) -> Mapping[str, ResidualBranch]:
+        """By module path; none where the base's blocks have another form."""
+        ...
+
     @property
     def norm_sites(self) -> Mapping[str, NormLayer]: ...
     @property

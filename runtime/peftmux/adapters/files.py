@@ -39,7 +39,7 @@ class AdapterFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _OpenFile:
+class OpenFile:
     path: Path
     fd: int
     signature: tuple[int, ...]
@@ -54,24 +54,62 @@ class _OpenFile:
 
 
 @dataclass(frozen=True, slots=True)
+class _Member:
+    """One pair of files, and what stands before its tensors' names."""
+
+    prefix: str
+    index: TensorIndex
+    config_file: OpenFile
+    tensor_file: OpenFile
+
+
+@dataclass(frozen=True, slots=True)
 class OpenAdapter:
-    """A folder whose config and tensor header are read and checked, and whose tensors are not read yet."""
+    """A folder whose configs and tensor headers are read and checked, and whose tensors are not read yet."""
 
     config: Mapping[str, Any]
-    index: TensorIndex
-    config_file: _OpenFile
-    tensor_file: _OpenFile
+    members: tuple[_Member, ...]
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.index.tensors
+        return {m.prefix + name: info for m in self.members for name, info in m.index.tensors.items()}
 
     def read(self) -> AdapterFiles:
-        """Read the tensors. Raises AdapterInvalid(CHANGED_WHILE_LOADING) if either file was touched since opening."""
-        tensors = read_tensors(self.tensor_file.fd, self.index)
-        self.config_file.check_unchanged()
-        self.tensor_file.check_unchanged()
+        """Read the tensors. Raises AdapterInvalid(CHANGED_WHILE_LOADING) if a file was touched since opening."""
+        tensors: dict[str, Tensor] = {}
+        for member in self.members:
+            read = read_tensors(member.tensor_file.fd, member.index)
+            tensors |= {member.prefix + name: tensor for name, tensor in read.items()}
+        for member in self.members:
+            member.config_file.check_unchanged()
+            member.tensor_file.check_unchanged()
         return AdapterFiles(self.config, tensors, adapter_digest(self.config, tensors))
+
+
+class FolderReader:
+    """Opens files of one adapter's folder, each below `inside` after symbolic links, until `stack` closes them."""
+
+    def __init__(self, stack: ExitStack, folder: Path, inside: Path, max_bytes: int) -> None:
+        self._stack = stack
+        self._folder = folder
+        self._inside = inside
+        self._max_bytes = max_bytes
+
+    def has(self, name: str) -> bool:
+        return (self._folder / name).is_file()
+
+    def config(self, name: str) -> tuple[OpenFile, dict[str, Any]]:
+        file = _open(self._stack, self._folder, name, self._inside)
+        return file, parse_config(_read_all(file))
+
+    def member(self, prefix: str, config_file: OpenFile, tensor_name: str) -> _Member:
+        tensor_file = _open(self._stack, self._folder, tensor_name, self._inside)
+        size = tensor_file.signature[2]
+        if size > self._max_bytes:
+            raise AdapterInvalid(
+                Reason.TOO_LARGE, f"{tensor_name}: expected at most {self._max_bytes} bytes, got {size}"
+            )
+        return _Member(prefix, read_index(tensor_file.fd, size), config_file, tensor_file)
 
 
 def read_adapter(folder: str | Path, *, root: str | Path | None = None) -> AdapterFiles:
@@ -89,18 +127,22 @@ def open_adapter(
     After symbolic links both files must lie under `root` (the folder itself by default); `max_bytes` bounds the tensor
     file. Raises SourceNotFound, SourceForbidden, AdapterInvalid.
     """
+    from peftmux.adapters import hub
+
     real = Path(os.path.realpath(folder))
     if not real.is_dir():
         raise SourceNotFound(f"no adapter folder {Path(folder).name!r}")
     inside = Path(os.path.realpath(root)) if root is not None else real
     with ExitStack() as stack:
-        config_file = _open(stack, real, CONFIG_FILE, inside)
-        config = parse_config(_read_all(config_file))
-        tensor_file = _open(stack, real, TENSOR_FILE, inside)
-        size = tensor_file.signature[2]
-        if size > max_bytes:
-            raise AdapterInvalid(Reason.TOO_LARGE, f"{TENSOR_FILE}: expected at most {max_bytes} bytes, got {size}")
-        yield OpenAdapter(config, read_index(tensor_file.fd, size), config_file, tensor_file)
+        reader = FolderReader(stack, real, inside, max_bytes)
+        if (fusion := hub.find_fusion(reader)) is not None:
+            yield hub.open_fusion(reader, fusion)
+            return
+        config_file, config = reader.config(CONFIG_FILE)
+        if hub.is_hub_config(config):
+            yield hub.open_single(reader, config_file, config)
+        else:
+            yield OpenAdapter(config, (reader.member("", config_file, TENSOR_FILE),))
 
 
 def parse_config(raw: bytes) -> dict[str, Any]:
@@ -130,7 +172,7 @@ def _deeper_than(value: Any, levels: int) -> bool:
     return bool(level)
 
 
-def _open(stack: ExitStack, folder: Path, name: str, inside: Path) -> _OpenFile:
+def _open(stack: ExitStack, folder: Path, name: str, inside: Path) -> OpenFile:
     path = Path(os.path.realpath(folder / name))
     if not path.is_relative_to(inside):
         raise SourceForbidden(f"{name} is a link that leaves the adapter's folder")
@@ -144,7 +186,7 @@ def _open(stack: ExitStack, folder: Path, name: str, inside: Path) -> _OpenFile:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise AdapterInvalid(Reason.MISSING_FILE, f"{name}: expected a regular file")
-    return _OpenFile(path, fd, _signature(status))
+    return OpenFile(path, fd, _signature(status))
 
 
 def _refuse_missing(folder: Path, name: str) -> NoReturn:
@@ -152,20 +194,16 @@ def _refuse_missing(folder: Path, name: str) -> NoReturn:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in islice(entries, _MAX_LISTED))
     pickles = [n for n in names if n.endswith(_PICKLES)]
-    if name == TENSOR_FILE and "adapter.safetensors" in names:
-        raise AdapterInvalid(
-            Reason.UNSUPPORTED_FORMAT, f"expected {TENSOR_FILE} as PEFT writes it, got AdapterHub's adapter.safetensors"
-        )
-    if name == TENSOR_FILE and pickles:
+    if name.endswith(".safetensors") and pickles:
         raise AdapterInvalid(
             Reason.PICKLE,
-            f"expected {TENSOR_FILE}, got {pickles[0]}: pickles are never opened here because they can run code; "
+            f"expected {name}, got {pickles[0]}: pickles are never opened here because they can run code; "
             "convert the folder offline with `peftmux adapters convert`",
         )
     raise AdapterInvalid(Reason.MISSING_FILE, f"expected {name}, got {', '.join(names[:8]) or 'an empty folder'}")
 
 
-def _read_all(file: _OpenFile) -> bytes:
+def _read_all(file: OpenFile) -> bytes:
     if file.signature[2] > MAX_CONFIG_BYTES:
         raise AdapterInvalid(
             Reason.TOO_LARGE, f"{CONFIG_FILE}: expected at most {MAX_CONFIG_BYTES} bytes, got {file.signature[2]}"

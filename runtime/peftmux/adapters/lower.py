@@ -57,9 +57,8 @@ def plan_adapter(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> 
     """Everything that can be judged without the tensors' values."""
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or not peft_type:
-        hint = " (AdapterHub's files are not offered yet)" if "config" in config else ""
         raise AdapterInvalid(
-            Reason.UNSUPPORTED_FORMAT, f"field peft_type: expected {_served()} as PEFT writes it, got none{hint}"
+            Reason.UNSUPPORTED_FORMAT, f"field peft_type: expected {_served()} as PEFT writes it, got none"
         )
     if peft_type not in METHODS:
         raise AdapterInvalid(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from peftmux.kernels.bottleneck import Bottleneck, Fusion
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.head import Head
@@ -24,9 +25,11 @@ __all__ = [
     "FIRST_PASS",
     "IMAGES",
     "VIRTUAL_TOKENS",
+    "Bottleneck",
     "ClassifierPart",
     "EmbeddingPart",
     "ExpertsPart",
+    "Fusion",
     "Head",
     "InputScale",
     "KVPrefix",
@@ -75,6 +78,8 @@ Part = (
     | RoutedPart
     | ClassifierPart
     | VisionPart
+    | Bottleneck
+    | Fusion
 )
 """What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 

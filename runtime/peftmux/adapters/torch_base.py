@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLayer, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLayer, ParameterSite, ResidualBranch
+from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.experts import parameter_names, parameter_sites
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_layers, norm_site
@@ -53,6 +54,10 @@ class TorchBase:
     def linear_sites(self) -> Mapping[str, LinearSite]:
         sites = (_site(name, module) for name, module in self.module.named_modules())
         return {site.name: site for site in sites if site}
+
+    @cached_property
+    def branches(self) -> Mapping[str, ResidualBranch]:
+        return residual_branches(self.module)
 
     @cached_property
     def norm_sites(self) -> Mapping[str, NormLayer]:

@@ -22,6 +22,8 @@ def in_own_thread(work: Callable[[], T], name: str) -> Future[T]:
     def run() -> None:
         try:
             future.set_result(work())
+        except StopIteration as error:  # which asyncio cannot pass on: whoever waits would wait for ever
+            future.set_exception(RuntimeError("StopIteration in a thread").with_traceback(error.__traceback__))
         except BaseException as error:
             future.set_exception(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peftmux.adapters.methods import (
     adalora,
+    adapterhub,
     beft,
     diffpruning,
     head,
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
         shira.METHOD,
         diffpruning.METHOD,
         trainable_tokens.METHOD,
+        adapterhub.METHOD,
         multitask_prompt.METHOD,
         p_tuning.METHOD,
         p_tuning_template.METHOD,

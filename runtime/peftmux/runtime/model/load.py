@@ -58,6 +58,7 @@ def fit_model(
         module, discovery.token_linears, discovery.token_norms, choose_dense(module.device, module.dtype), step
     )
     swapper.run()
+    swapper.swap_branches(anatomy.branches)
     module.set_attn_implementation(IMPLEMENTATION)
     model = LoadedModel(module, tokenizer, name, discovery.layers, anatomy, swapper, step, context_length)
     verify(model, expected)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLayer, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLayer, ParameterSite, ResidualBranch
+from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.experts import parameter_names
 from peftmux.adapters.parts import VIRTUAL_TOKENS, VirtualRows
 from peftmux.kernels.head import HeadSite
@@ -36,6 +37,7 @@ class Anatomy:
     """Path of the output projection where it is a plain linear layer."""
     tied: bool
     """The head's weight is the input embedding's."""
+    branches: Mapping[str, ResidualBranch]
     shows_hidden_state: bool
     """The decoder's output is the last hidden state."""
 
@@ -51,6 +53,7 @@ class Anatomy:
             embedding=paths[id(table)] if plain_table else "",
             head=paths[id(head)] if plain_head else None,
             tied=plain_table and plain_head and head.weight is table.weight,
+            branches=residual_branches(module),
             shows_hidden_state=shows_its_hidden_state(module),
         )
 
@@ -81,6 +84,7 @@ class LoadedModel:
         self.places: Mapping[tuple[type, str], Site] = swapped.places
         """By type of part and name of place."""
         self.feed_forwards: Mapping[str, FeedForwardSite] = swapped.feed_forwards
+        self.branches: Mapping[str, ResidualBranch] = anatomy.branches
         self.norm_sites: Mapping[str, NormLayer] = swapped.norm_sites
         self.parameter_sites: Mapping[str, ParameterSite] = swapped.parameter_sites
         self.first_pass = swapped.first_pass

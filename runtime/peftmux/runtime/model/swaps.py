@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftmux.adapters.base import FeedForwardSite, LinearSite, NormLayer, ParameterSite
+from peftmux.adapters.base import FeedForwardSite, LinearSite, NormLayer, ParameterSite, ResidualBranch
 from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_site
 from peftmux.adapters.parts import FIRST_PASS, IMAGES, VIRTUAL_TOKENS, ClassifierPart, VirtualRows, VisionPart
+from peftmux.kernels.bottleneck import Bottleneck, Fusion
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
@@ -26,6 +27,7 @@ from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart
 from peftmux.kernels.virtual import VirtualSite
 from peftmux.kernels.vision import VisionSite
+from peftmux.runtime.model.branches import BranchForward
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.first_pass import FirstPass
@@ -89,6 +91,14 @@ class Swapper:
                     setattr(parent, name, SiteLinear(self._group([full], [child])))
                 elif full in self._token_norms or is_rms_norm(child):
                     setattr(parent, name, self._norm(full, child))
+
+    def swap_branches(self, branches: Mapping[str, ResidualBranch]) -> None:
+        """After `run`, which gives the blocks their faster forms."""
+        for name, branch in branches.items():
+            module = self._model.get_submodule(name)
+            forward = BranchForward(module, self._model.get_submodule(branch.norm), self._step)
+            module.forward = forward
+            self.places[Bottleneck, name] = self.places[Fusion, name] = forward.site
 
     def _norm(self, name: str, norm: nn.Module) -> nn.Module:
         fast = FastRMSNorm(norm, self._fast) if is_rms_norm(norm) else norm

@@ -1,0 +1,85 @@
+"""The adapters at one residual branch of the base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftmux.kernels.bottleneck.reference import Bottleneck, Fusion, apply_bottleneck, apply_fusion
+from peftmux.kernels.lowrank import Segments
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedBranch:
+    """A part on its device, in the base's dtype: owned by the site once put."""
+
+    part: Bottleneck | Fusion
+    nbytes: int
+
+
+class BranchSite:
+    """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, on_change: Callable[[bool], None]) -> None:
+        """on_change: told whether any adapter is here."""
+        self._dtype = dtype
+        self._device = device
+        self._on_change = on_change
+        self._held: dict[int, Bottleneck | Fusion] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not self._held
+
+    def prepare(self, part: Bottleneck | Fusion) -> PreparedBranch:
+        """ValueError for values that are not finite in the base's dtype."""
+        placed = _mapped(part, self._place)
+        return PreparedBranch(placed, _bytes(placed))
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        placed = tensor.to(self._device, self._dtype).contiguous()
+        if not placed.isfinite().all():
+            raise ValueError(f"expected finite values, got inf or nan in a bottleneck as {self._dtype}")
+        return placed
+
+    def put(self, slot: int, prepared: PreparedBranch) -> None:
+        self._held[slot] = prepared.part
+        self._on_change(True)
+
+    def drop(self, slot: int) -> None:
+        self._held.pop(slot, None)
+        self._on_change(bool(self._held))
+
+    def apply(self, y: Tensor, h: Tensor, segments: Segments) -> None:
+        """Change, in place, what the branch gives tokens whose adapter has a part here. y, h: [T, D]."""
+        for slot, start, end in segments.runs:
+            part = self._held.get(slot)
+            if isinstance(part, Bottleneck):
+                y[start:end] = apply_bottleneck(y[start:end], h[start:end], part)
+            elif part is not None:
+                y[start:end] = apply_fusion(y[start:end], h[start:end], part)
+
+
+def _mapped(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same part with every tensor changed."""
+    values = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, Tensor):
+            value = change(value)
+        elif isinstance(value, tuple):
+            value = tuple(None if item is None else _mapped(item, change) for item in value)
+        values[field.name] = value
+    return type(part)(**values)
+
+
+def _bytes(part: Any) -> int:
+    values = [getattr(part, field.name) for field in dataclasses.fields(part)]
+    own = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    inner = [item for value in values if isinstance(value, tuple) for item in value if item is not None]
+    return own + sum(map(_bytes, inner))
