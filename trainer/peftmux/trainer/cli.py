@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from peftmux.adapters.errors import AdapterError
 from peftmux.trainer.config_file import file_arguments
-from peftmux.trainer.errors import TrainerError
+from peftmux.trainer.errors import OptionError, TrainerError
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0, 1 for a refused run, 2 for bad usage, 130 after Ctrl-C. `argv` follows `train`."""
     from peftmux.trainer.methods import METHODS
 
-    if not argv or argv[0] not in METHODS:
+    jobs = bool(argv) and argv[0].split("=")[0] == "--jobs"
+    if not jobs and (not argv or argv[0] not in METHODS):
         return _overview(argv)
     try:
-        return _run(argv[0], argv[1:])
+        return _run_jobs(argv) if jobs else _run(argv[0], argv[1:])
     except SystemExit as stop:  # argparse has printed its message
         return int(stop.code or 0)
     except (TrainerError, AdapterError) as error:
@@ -36,7 +36,8 @@ def _overview(argv: Sequence[str]) -> int:
     from peftmux.trainer.methods import METHODS
 
     asked = bool(argv) and argv[0] in ("-h", "--help")
-    lines = ["usage: peftmux train METHOD --model M --data D.jsonl --out DIR [options]", "", "methods:"]
+    lines = ["usage: peftmux train METHOD --model M --data D.jsonl --out DIR [options]"]
+    lines += ["       peftmux train --jobs FILE.yaml [--watch]", "", "methods:"]
     lines += [f"  {m.name:<12} {m.summary}" for m in METHODS.values()]
     lines += ["", "peftmux train METHOD --help lists a method's options."]
     if argv and not asked:
@@ -46,20 +47,48 @@ def _overview(argv: Sequence[str]) -> int:
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
+    from peftmux.trainer.jobs.file import split_options
+    from peftmux.trainer.jobs.sweep import run_sweep
     from peftmux.trainer.loop import run_training
     from peftmux.trainer.methods import get_method
-    from peftmux.trainer.options import RunOptions, build_config
 
-    method = get_method(name)
     parser = build_parser(name)
     given = vars(parser.parse_args([*file_arguments(parser, argv, os.environ), *argv]))
     given.pop("config", None)
-    options = _take(given, RunOptions)
-    config = _take(given, method.config_class)
-    result = run_training(method, build_config(RunOptions, options), build_config(method.config_class, config), given)
+    spec = split_options(name, get_method(name), given)
+    if spec.options.sweep:
+        print(run_sweep(spec, given).table())
+        return 0
+    result = run_training(spec.method, spec.options, spec.config, spec.training)
     if result.steps:
         print(f"{name} adapter after {result.steps} steps: {result.out}")
     return 0
+
+
+def _run_jobs(argv: Sequence[str]) -> int:
+    from peftmux.trainer.jobs.file import JobsFile
+    from peftmux.trainer.jobs.run import JobRun
+
+    parser = argparse.ArgumentParser(prog="peftmux train", description="Train many adapters on one base at once.")
+    parser.add_argument("--jobs", metavar="FILE", required=True, help="YAML: defaults, and a list of jobs")
+    parser.add_argument("--watch", action="store_true", help="jobs added to the file while it runs join")
+    args = parser.parse_args(argv)
+    file = JobsFile(args.jobs)
+    run = JobRun(file.read(), file.new_jobs if args.watch else lambda: ())
+    for name, result in run.run().items():
+        print(f"{name}: {result.steps} steps, loss {result.metrics['train_loss']:.4g}: {result.out}")
+    for name, message in run.failed.items():
+        print(f"peftmux train: {name}: {message}", file=sys.stderr)
+    return 1 if run.failed else 0
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """The options by name. Raises OptionError where argparse would end the process."""
+    parser.exit_on_error = False
+    try:
+        return vars(parser.parse_args(list(words)))
+    except argparse.ArgumentError as error:
+        raise OptionError((error.argument_name or "option").lstrip("-"), error.message) from None
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
@@ -90,11 +119,6 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     for action in training._actions:
         group._add_action(action)
     return parser
-
-
-def _take(given: dict[str, Any], config_class: type[Any]) -> Mapping[str, Any]:
-    names = [f.name for f in dataclasses.fields(config_class)]
-    return {name: given.pop(name) for name in names if name in given}
 
 
 if __name__ == "__main__":

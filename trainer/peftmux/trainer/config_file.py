@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,20 +21,32 @@ def file_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], environ
     PEFTMUX_MAX_STEPS=100 is --max-steps 100; variables that name no option are somebody else's. Raises OptionError for
     a file that cannot be read, or that names an option the parser does not have.
     """
-    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    actions = _actions(parser)
     arguments: list[str] = []
     given, _ = _config_parser().parse_known_args(list(argv))
     if given.config:
-        for name, value in _read(given.config).items():
-            dest = str(name).replace("-", "_")
-            if dest not in actions or dest == "config":
-                raise OptionError("config", f"{given.config}: no such option {name!r}")
-            arguments += _flag(actions[dest], value)
+        arguments += flags(parser, _read(given.config), given.config)
     for name, text in environment.items():
         dest = name.removeprefix(ENVIRONMENT).lower()
         if name.startswith(ENVIRONMENT) and dest in actions and dest != "config":
             arguments += _flag(actions[dest], yaml.safe_load(text) if actions[dest].nargs == "+" else text)
     return arguments
+
+
+def flags(parser: argparse.ArgumentParser, options: Mapping[Any, object], where: str) -> list[str]:
+    """Options by name as command-line words. Raises OptionError for one that the parser does not have."""
+    actions = _actions(parser)
+    arguments: list[str] = []
+    for name, value in options.items():
+        dest = str(name).replace("-", "_")
+        if dest not in actions or dest == "config":
+            raise OptionError("config", f"{where}: no such option {name!r}")
+        arguments += _flag(actions[dest], value)
+    return arguments
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
 
 
 def _config_parser() -> argparse.ArgumentParser:

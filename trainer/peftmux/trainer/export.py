@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +26,7 @@ _LORA_FIELDS: Mapping[str, object] = {
     "target_parameters": None,
     "trainable_token_indices": None,
 }
-_FIELDS: Mapping[object, Mapping[str, object]] = {"LORA": _LORA_FIELDS, "PREFIX_TUNING": {}}
+_FIELDS: Mapping[object, Mapping[str, object]] = {"LORA": _LORA_FIELDS, "ADALORA": _LORA_FIELDS}
 """What PEFT writes for a peft_type beside what the method decides."""
 
 
@@ -37,7 +40,7 @@ def adapter_config(adapter: AttachedAdapter, base_model: str) -> dict[str, objec
         "modules_to_save": None,
         "revision": None,
         "task_type": "CAUSAL_LM",
-        **_FIELDS[own["peft_type"]],
+        **_FIELDS.get(own["peft_type"], {}),
         **own,
     }
 
@@ -47,3 +50,21 @@ def export_adapter(adapter: AttachedAdapter, base_model: str, folder: str | Path
     return write_adapter(
         folder, adapter_config(adapter, base_model), adapter.tensors(), extra_files={"README.md": card}
     )
+
+
+def publish(folder: str | Path, directory: str | Path) -> Path:
+    """Copy a finished adapter into `directory`, under its own last name, so that a watcher sees all of it or nothing.
+
+    An older adapter of that name is replaced. The copy is made beside it, under a name that begins with a dot.
+    """
+    source, target = Path(folder), Path(directory) / Path(folder).name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        shutil.copytree(source, hidden / "new")
+        if target.exists():
+            os.rename(target, hidden / "old")
+        os.rename(hidden / "new", target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return target

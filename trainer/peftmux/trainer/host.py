@@ -151,6 +151,15 @@ class Host:
         finally:
             self.spans = before
 
+    @contextmanager
+    def only(self, key: str) -> Iterator[None]:
+        """Within it every row is this adapter's, whatever others are attached."""
+        before, self.spans = self.spans, ((key, slice(None)),)
+        try:
+            yield
+        finally:
+            self.spans = before
+
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

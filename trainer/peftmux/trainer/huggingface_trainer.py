@@ -37,8 +37,19 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(self.adapter.optimizer_groups(self.args.weight_decay), **kwargs)
+            groups = self.adapter.optimizer_groups(self.args.weight_decay, self.args.learning_rate)
+            self.optimizer = optimizer_class(groups, **kwargs)
         return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        added = self.adapter.regulariser() if model.training else None
+        if added is not None:
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + (added / self.current_gradient_accumulation_steps if scaled else added)
+        return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,25 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from peftmux.trainer.arguments import reported_arguments, training_arguments
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
-from peftmux.trainer.data import PaddingCollator, encode_rows, file_digest, read_rows
+from peftmux.trainer.data import (
+    PackedCollator,
+    PaddingCollator,
+    check_packing,
+    encode_rows,
+    file_digest,
+    pack_features,
+    read_rows,
+)
 from peftmux.trainer.errors import OptionError, TrainerError
-from peftmux.trainer.export import export_adapter
+from peftmux.trainer.export import export_adapter, publish
+from peftmux.trainer.host import Host
 from peftmux.trainer.huggingface_trainer import AdapterTrainer, newest_checkpoint
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.options import RunOptions
 from peftmux.trainer.summary import trainable_summary
 
+_PACK = 512
+"""Tokens."""
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 """One switch under its older and its newer name; transformers before 5.20 or so has the first alone."""
 
@@ -45,9 +56,13 @@ class TrainResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
     """Everything a run needs, checked; the adapter is in the model."""
 
+    method: Method
+    options: RunOptions
+    config: Any
+    training: Mapping[str, Any]
     model: Any
     tokenizer: Any
     args: TrainingArguments
@@ -68,41 +83,31 @@ def run_training(
 
     Nothing is at `options.out` before the run has succeeded. Raises TrainerError for bad options or data.
     """
-    ready = _prepare(method, options, config, training)
+    ready = prepare(method, options, config, training, lambda: load_base(options))
     print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
     if options.dry_run:
         return TrainResult(Path(options.out), "", 0, {}, ready.model, ready.tokenizer, ready.adapter)
-    trainer = _trainer(method, options, config, ready, callbacks)
+    trainer = make_trainer(ready, callbacks)
     metrics = _train(trainer, options)
-    ready.model.eval()
-    _check_finite(ready.adapter)
-    digest = ""
-    if ready.args.should_save:  # one process of several
-        facts = CardFacts(
-            method=method.name,
-            base_model=options.model,
-            config=config,
-            training={"dtype": str(ready.model.dtype), **reported_arguments(ready.args, training)},
-            metrics=metrics,
-            trained_parameters=sum(ready.adapter.sites().values()),
-            base_parameters=ready.base_parameters,
-            data=ready.data,
-            eval_data=ready.eval_data,
-            notes=ready.adapter.notes,
-        )
-        digest = export_adapter(ready.adapter, options.model, options.out, model_card(facts))
+    digest = finish(ready, metrics)
     if options.early_stopping_patience and not {"save_strategy", "output_dir"} & training.keys():
         shutil.rmtree(ready.args.output_dir or "", ignore_errors=True)  # written only to come back to the best
     steps = trainer.state.global_step
     return TrainResult(Path(options.out), digest, steps, metrics, ready.model, ready.tokenizer, ready.adapter)
 
 
-def _prepare(method: Method, options: RunOptions, config: Any, training: Mapping[str, Any]) -> _Prepared:
-    """What can be refused cheaply is refused first."""
+def prepare(
+    method: Method,
+    options: RunOptions,
+    config: Any,
+    training: Mapping[str, Any],
+    base: Callable[[], tuple[Any, Any]],
+) -> Prepared:
+    """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
     _check_out(options)
     rows = read_rows(options.data)
     eval_rows = read_rows(options.eval_data) if options.eval_data else None
-    model, tokenizer = load_base(options)
+    model, tokenizer = base()
     args = training_arguments(options, training, method.learning_rate(model.config.get_text_config().hidden_size))
     base_parameters = model.num_parameters()
     limit = min(options.max_length or sys.maxsize, longest_row(model, getattr(config, "num_virtual_tokens", 0)))
@@ -114,8 +119,35 @@ def _prepare(method: Method, options: RunOptions, config: Any, training: Mapping
     def tokenize(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    adapter = method.attach(model, config, AttachContext(args.seed, data.encoded.examples, tokenize))
-    return _Prepared(model, tokenizer, args, data, eval_data, adapter, base_parameters)
+    with Host.of(model).aside():
+        adapter = method.attach(model, config, AttachContext(args.seed, data.encoded.examples, tokenize))
+    return Prepared(
+        method, options, config, training, model, tokenizer, args, data, eval_data, adapter, base_parameters
+    )
+
+
+def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
+    """Write the adapter and its card to `options.out`, and publish it. Returns its digest ("" but in one process)."""
+    ready.model.eval()
+    _check_finite(ready.adapter)
+    if not ready.args.should_save:  # one process of several writes
+        return ""
+    facts = CardFacts(
+        method=ready.method.name,
+        base_model=ready.options.model,
+        config=ready.config,
+        training={"dtype": str(ready.model.dtype), **reported_arguments(ready.args, ready.training)},
+        metrics=metrics,
+        trained_parameters=sum(ready.adapter.sites().values()),
+        base_parameters=ready.base_parameters,
+        data=ready.data,
+        eval_data=ready.eval_data,
+        notes=ready.adapter.notes,
+    )
+    digest = export_adapter(ready.adapter, ready.options.model, ready.options.out, model_card(facts))
+    if ready.options.publish:
+        publish(ready.options.out, ready.options.publish)
+    return digest
 
 
 def _check_out(options: RunOptions) -> None:
@@ -133,23 +165,23 @@ def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: in
     return DataFacts(Path(path).name, file_digest(path), encoded)
 
 
-def _trainer(
-    method: Method, options: RunOptions, config: Any, ready: _Prepared, callbacks: Sequence[TrainerCallback]
-) -> AdapterTrainer:
+def make_trainer(ready: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> AdapterTrainer:
     args, data = ready.args, ready.data
     names = [name for name in CHECKPOINTING if getattr(args, name, None)]
     if names and ready.adapter.checkpoint_activations():
         for name in names:
             setattr(args, name, False)
-    patience = options.early_stopping_patience
+    patience = ready.options.early_stopping_patience
+    run = {"options": dataclasses.asdict(ready.config), "data": data.sha256, "seed": args.seed}
+    shape = _packed if ready.options.packing else _padded
     return AdapterTrainer(
         ready.adapter,
-        {"method": method.name, "options": dataclasses.asdict(config), "data": data.sha256, "seed": args.seed},
+        {"method": ready.method.name, **run},
         model=ready.model,
         args=args,
-        train_dataset=data.encoded.features(),
-        eval_dataset=ready.eval_data.encoded.features() if ready.eval_data else None,
-        data_collator=_collator(ready.model, ready.tokenizer),
+        train_dataset=shape(ready, data),
+        eval_dataset=shape(ready, ready.eval_data) if ready.eval_data else None,
+        data_collator=_collator(ready),
         callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
     )
 
@@ -160,9 +192,25 @@ def _check_finite(adapter: AttachedAdapter) -> None:
             raise TrainerError(f"the run diverged ({name} is not finite): nothing written; try a lower learning rate")
 
 
-def _collator(model: Any, tokenizer: Any) -> PaddingCollator:
+def _padded(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
+    return data.encoded.features()
+
+
+def _packed(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
+    """Packs of the data's rows. Raises OptionError where packing is not exact."""
+    if ready.adapter.prefix or ready.adapter.virtual:
+        raise OptionError("packing", f"{ready.method.name} puts something in front of each row: train without packing")
+    features = data.encoded.features()
+    check_packing(ready.model, features)
+    return pack_features(features, ready.options.pack_length or max(_PACK, max(len(f["input_ids"]) for f in features)))
+
+
+def _collator(ready: Prepared) -> PaddingCollator | PackedCollator:
+    tokenizer = ready.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PaddingCollator(pad or 0, crop_logits="logits_to_keep" in inspect.signature(model.forward).parameters)
+    if ready.options.packing:
+        return PackedCollator(pad or 0)
+    return PaddingCollator(pad or 0, "logits_to_keep" in inspect.signature(ready.model.forward).parameters)
 
 
 def _train(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:

@@ -26,6 +26,12 @@ class RunOptions:
     over_long: Literal["error", "truncate", "drop"] = field(
         default="error", metadata={"help": "what to do with a longer row"}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "put several rows into one, which see nothing of each other: no padding"}
+    )
+    pack_length: int | None = field(
+        default=None, metadata={"help": "tokens of a pack; default: 512, or the longest row's. A batch counts packs"}
+    )
     append_eos: bool = field(
         default=True, metadata={"help": "end completions and texts with the end-of-sequence token"}
     )
@@ -38,10 +44,17 @@ class RunOptions:
     )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of this --out"})
     overwrite: bool = field(default=False, metadata={"help": "replace an adapter that is already at --out"})
+    sweep: str | None = field(
+        default=None,
+        metadata={"help": "NAME=V1,V2,...: train one adapter for each value, all at once, and keep the best"},
+    )
+    publish: str | None = field(
+        default=None, metadata={"help": "also put the adapter, in one step, into this folder that a server watches"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "only print what would be trained"})
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "early_stopping_patience"):
+        for name in ("max_length", "pack_length", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {value}")

@@ -2,6 +2,18 @@
 
 from peftmux.trainer.data.collate import PaddingCollator
 from peftmux.trainer.data.encode import EncodedData, Example, encode_rows
+from peftmux.trainer.data.pack import PackedCollator, check_packing, pack_features
 from peftmux.trainer.data.rows import Row, file_digest, read_rows
 
-__all__ = ["EncodedData", "Example", "PaddingCollator", "Row", "encode_rows", "file_digest", "read_rows"]
+__all__ = [
+    "EncodedData",
+    "Example",
+    "PackedCollator",
+    "PaddingCollator",
+    "Row",
+    "check_packing",
+    "encode_rows",
+    "file_digest",
+    "pack_features",
+    "read_rows",
+]

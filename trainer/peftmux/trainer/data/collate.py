@@ -33,6 +33,7 @@ class PaddingCollator:
             ids[row, : len(feature["input_ids"])] = feature["input_ids"]
             labels[row, : len(feature["labels"])] = feature["labels"]
         batch: dict[str, Any] = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        batch["use_cache"] = False  # nothing is generated, so no keys and values need to be kept
         if self.crop_logits:
             # The token at i is predicted at i - 1, so the logits from first_label - 1 on are needed.
             keep = longest - min(f["first_label"] for f in features) + 1

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.methods.adalora import ADALORA
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.dora import DORA
+from peftmux.trainer.methods.ia3 import IA3
+from peftmux.trainer.methods.ln import LN
 from peftmux.trainer.methods.lora import LORA
+from peftmux.trainer.methods.lora_plus import LORA_PLUS
+from peftmux.trainer.methods.p_tuning import P_TUNING
+from peftmux.trainer.methods.pissa import PISSA
 from peftmux.trainer.methods.prefix import PREFIX
+from peftmux.trainer.methods.prompt import PROMPT
 from peftmux.trainer.methods.rslora import RSLORA
+from peftmux.trainer.methods.shira import SHIRA
 
 __all__ = ["METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method"]
 
-METHODS: Mapping[str, Method] = {method.name: method for method in (LORA, RSLORA, DORA, PREFIX)}
+_ALL = (LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA, PREFIX, PROMPT, P_TUNING, IA3, LN, SHIRA)
+
+METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 
 
 def get_method(name: str) -> Method:

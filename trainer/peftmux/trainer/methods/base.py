@@ -110,9 +110,13 @@ class AttachedAdapter:
         for name, tensor in self.state().items():
             tensor.copy_(stored[name])
 
-    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups as torch optimisers take them."""
+    def optimizer_groups(self, weight_decay: float, learning_rate: float) -> list[dict[str, Any]]:
+        """Parameter groups as torch optimisers take them; a group without "lr" has the run's."""
         return [{"params": list(self.parameters.values()), "weight_decay": weight_decay}]
+
+    def regulariser(self) -> Tensor | None:
+        """What the method adds to the loss, a scalar; None: nothing."""
+        return None
 
     def before_step(self, step: int, total: int) -> None:
         """An optimiser step begins. `step` counts from 0, `total` is how many the run has."""

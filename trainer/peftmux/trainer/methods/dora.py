@@ -41,7 +41,7 @@ class DoraLinear(LoraLinear):
         weight = weight_out_in(self._base[0])
         return dora_out_scale(weight, self.lora_A.detach(), self.lora_B.detach(), self.scale, self.magnitude)
 
-    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+    def file_tensors(self) -> Mapping[str, Tensor]:
         return {**super().file_tensors(), "lora_magnitude_vector": self.magnitude}
 
 

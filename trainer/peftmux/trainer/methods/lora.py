@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftmux.adapters.methods.lora import lora_scaling
 from peftmux.adapters.patterns import PatternMatcher
@@ -62,7 +62,7 @@ class LoraLinear(LinearChange):
     def part(self) -> LinearPart:
         return LinearPart(self.lora_A, self.lora_B, self.scale)
 
-    def file_tensors(self) -> Mapping[str, nn.Parameter]:
+    def file_tensors(self) -> Mapping[str, Tensor]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
 
@@ -73,6 +73,7 @@ def attach_lora(
     context: AttachContext,
     linear: type[LoraLinear] = LoraLinear,
     use_dora: bool = False,
+    adapter: type[AttachedAdapter] = AttachedAdapter,
 ) -> AttachedAdapter:
     """`linear` decides what stands at each site. Raises OptionError where the options match no layer of the model."""
     sites = select_sites(model, {name: getattr(config, name) for name in _TARGETING})
@@ -99,7 +100,7 @@ def attach_lora(
         "fan_in_fan_out": not any(isinstance(m, nn.Linear) for m in sites.values()),
     }
     changes = {name: build(name, module) for name, module in sites.items()}
-    return AttachedAdapter(kind, model, changes, fields, notes=expert_notes(model))
+    return adapter(kind, model, changes, fields, notes=expert_notes(model))
 
 
 def default_learning_rate(hidden_size: int) -> float:

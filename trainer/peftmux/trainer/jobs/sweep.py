@@ -1,0 +1,81 @@
+"""`--sweep NAME=V1,V2,...`: one job for each value, all in one batch on one base; the best by validation is kept."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.export import publish
+from peftmux.trainer.jobs.file import JobSpec, job_spec
+from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.loop import TrainResult
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """Every value's run, and the value that won."""
+
+    option: str
+    runs: Mapping[str, TrainResult]
+    best: str
+    out: Path
+
+    def table(self) -> str:
+        """Value, trained parameters, losses; the winner marked."""
+        lines = [f"{self.option:>12} {'parameters':>12} {'train loss':>12} {'eval loss':>12}"]
+        for value, run in self.runs.items():
+            size = sum(run.adapter.sites().values())
+            mark = "  <- kept" if value == self.best else ""
+            train, held_out = run.metrics["train_loss"], run.metrics["eval_loss"]
+            lines.append(f"{value:>12} {size:>12,} {train:>12.4f} {held_out:>12.4f}{mark}")
+        return "\n".join([*lines, f"best: {self.option}={self.best}: {self.out}"])
+
+
+def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
+    """Train all values and leave the best at `out`. `given`: the options by name that `spec` was made of.
+
+    Raises OptionError for a sweep without rows to evaluate on, an unknown option, or a bad value.
+    """
+    option, values = _parse(spec)
+    out = Path(spec.options.out)
+    if out.is_dir() and any(out.iterdir()) and not spec.options.overwrite:
+        raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
+    work = out.parent / f".{out.name}.sweep"
+    shutil.rmtree(work, ignore_errors=True)
+    plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}
+    try:
+        specs = [job_spec(v, spec.method.name, {**plain, option: v, "out": str(work / v)}, "--sweep") for v in values]
+        run = JobRun(specs)
+        results = run.run()
+        if not results:
+            raise OptionError("sweep", f"every run failed: {run.failed}")
+        best = min(results, key=lambda value: _score(results[value]))
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(work / best, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if spec.options.publish:
+        publish(out, spec.options.publish)
+    return SweepResult(option, {v: results[v] for v in values if v in results}, best, out)
+
+
+def _score(result: TrainResult) -> float:
+    loss = result.metrics["eval_loss"]
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _parse(spec: JobSpec) -> tuple[str, list[str]]:
+    option, _, text = (spec.options.sweep or "").partition("=")
+    option, values = option.strip().replace("-", "_"), [v.strip() for v in text.split(",") if v.strip()]
+    if not option or len(set(values)) != len(values) or len(values) < 2:
+        raise OptionError("sweep", f"expected NAME=V1,V2,... with different values, got {spec.options.sweep!r}")
+    if not spec.options.eval_data:
+        raise OptionError("sweep", "needs rows to choose by: give --eval-data")
+    return option, values

@@ -1,0 +1,51 @@
+"""A round of jobs: one micro-batch of every job, one forward, one backward, each optimiser by itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from peftmux.trainer.host import Host
+from peftmux.trainer.jobs.batch import JoinedBatch, join
+from peftmux.trainer.jobs.job import Job
+
+
+class Together:
+    """Jobs that share one model. They join and leave between rounds."""
+
+    def __init__(self, model: Any, pad_id: int) -> None:
+        self._model = model
+        self._pad_id = pad_id
+        self._crop = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.jobs: list[Job] = []
+
+    def round(self) -> None:
+        """One micro-batch of every job."""
+        jobs = list(self.jobs)
+        batch = join([job.next_batch() for job in jobs], self._pad_id)
+        self._model.train()
+        host = Host.of(self._model)
+        with host.rows({job.adapter.key: rows for job, rows in zip(jobs, batch.rows, strict=True)}):
+            self._loss(jobs, batch).backward()
+        for job in jobs:
+            job.after_backward()
+
+    def _loss(self, jobs: Sequence[Job], batch: JoinedBatch) -> Tensor:
+        """The sum of all jobs' losses, each over its own rows by the model's own loss function."""
+        model = self._model
+        own = model.loss_function
+
+        def by_job(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+            pieces = zip(jobs, logits.split(batch.rows), labels.split(batch.rows), strict=True)
+            losses = [job.loss(own, part, target, vocab_size) for job, part, target in pieces]
+            return sum(losses[1:], losses[0])
+
+        model.loss_function = by_job
+        try:
+            loss: Tensor = model(**batch.inputs(self._crop)).loss
+        finally:
+            model.loss_function = own
+        return loss

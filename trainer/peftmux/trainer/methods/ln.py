@@ -1,0 +1,72 @@
+"""LN tuning (Qi et al., 2022, arXiv 2211.08682): the weights (and biases) of the normalisation layers, trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host import Change
+from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from peftmux.trainer.sites import spelled_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class LnConfig:
+    """LN tuning's options, in PEFT's names."""
+
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "last names of the norms; default: every norm of the base"}
+    )
+
+
+class NormChange(Change):
+    """The norm itself, with its own copies of weight [D] and bias [D] in the place of the base's."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self._norm = (norm,)  # no submodule: it is the base's
+        self.values = nn.ParameterDict({n: nn.Parameter(p.detach().float().clone()) for n, p in _vectors(norm).items()})
+
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
+        values = {name: value.to(y.dtype) for name, value in self.values.items()}
+        out: Tensor = torch.func.functional_call(self._norm[0], values, (x,))
+        return out
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        return {f"ln_tuning_layers.{name}": value for name, value in self.values.items()}
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that normalise, by their class's name and a weight vector."""
+    named = {n: m for n, m in model.named_modules() if type(m).__name__.endswith("Norm")}
+    return {name: module for name, module in named.items() if "weight" in _vectors(module)}
+
+
+def _vectors(norm: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in norm.named_parameters(recurse=False) if p.dim() == 1}
+
+
+def _attach(model: Any, config: LnConfig, context: AttachContext) -> AttachedAdapter:
+    norms = norm_layers(model)
+    wanted = config.target_modules
+    if wanted is not None:
+        norms = {n: m for n, m in norms.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
+    if not norms:
+        raise OptionError("target-modules", f"expected names of normalisation layers, got {wanted}")
+    changes = {name: NormChange(norm) for name, norm in norms.items()}
+    fields = {"peft_type": "LN_TUNING", "target_modules": spelled_out(model, list(norms)), "exclude_modules": None}
+    return AttachedAdapter("ln", model, changes, fields)
+
+
+LN = Method(
+    name="ln",
+    summary="the weights of the normalisation layers",
+    config_class=LnConfig,
+    attach=_attach,
+    learning_rate=lambda hidden_size: 1e-2,  # weights near one whatever the width
+)

@@ -1,0 +1,88 @@
+"""SHiRA (Bhardwaj et al., 2024, arXiv 2406.13175): few trained entries of each weight, added to the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host import Change
+from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from peftmux.trainer.methods.linear import expert_notes, weight_out_in
+from peftmux.trainer.methods.lora import default_learning_rate
+from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiraConfig:
+    """SHiRA's options, in PEFT's names."""
+
+    r: int = field(default=8, metadata={"help": "r * (in + out) entries of each weight: as many as a LoRA of rank r"})
+    mask: str = field(default="random", metadata={"help": "which entries: random, or magnitude (the largest)"})
+    target_modules: str | list[str] = field(
+        default=ALL_LINEAR, metadata={"help": "names of linear layers, or one regular expression for whole paths"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise OptionError("r", f"expected 1 or more, got {self.r}")
+        if self.mask not in ("random", "magnitude"):
+            raise OptionError("mask", f"expected random or magnitude, got {self.mask!r}")
+
+
+class SparseLinear(Change):
+    """values: [nnz] from zero, added at indices: [2, nnz] (row, column), sorted, of the weight [out, in]."""
+
+    indices: Tensor
+
+    def __init__(self, layer: nn.Module, config: ShiraConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        weight = weight_out_in(layer)
+        self._shape = tuple(weight.shape)
+        count = min(config.r * sum(self._shape), weight.numel())
+        if config.mask == "magnitude":
+            flat = weight.detach().flatten().float().abs().topk(count).indices.sort().values.cpu()
+        else:
+            flat = torch.randperm(weight.numel(), generator=generator)[:count].sort().values
+        rows, columns = flat // self._shape[1], flat % self._shape[1]
+        self.register_buffer("indices", torch.stack([rows, columns]).to(weight.device))
+        self.values = nn.Parameter(torch.zeros(count, device=weight.device))
+
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
+        delta = self.values.new_zeros(self._shape).index_put((self.indices[0], self.indices[1]), self.values)
+        return (y + linear(x.to(delta.dtype), delta)).to(y.dtype)
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        return {"shira_weight": self.values, "shira_indices": self.indices.int()}
+
+
+def _attach(model: Any, config: ShiraConfig, context: AttachContext) -> AttachedAdapter:
+    fields = {"target_modules": config.target_modules, "exclude_modules": None}
+    sites = select_sites(model, {**fields, "layers_to_transform": None, "layers_pattern": None})
+    if not all(isinstance(layer, nn.Linear) for layer in sites.values()):
+        raise OptionError("method", "shira trains nn.Linear layers, as PEFT does; this base has others (Conv1D)")
+    generator = torch.Generator().manual_seed(context.seed)
+    changes = {name: SparseLinear(layer, config, generator) for name, layer in sites.items()}
+    written = {
+        "peft_type": "SHIRA",
+        "r": config.r,
+        "mask_type": "random",
+        "target_modules": spelled_out(model, list(sites)),
+        "fan_in_fan_out": False,
+        "init_weights": True,
+    }
+    return AttachedAdapter("shira", model, changes, written, notes=expert_notes(model))
+
+
+SHIRA = Method(
+    name="shira",
+    summary="few trained entries of each weight",
+    config_class=ShiraConfig,
+    attach=_attach,
+    learning_rate=lambda hidden_size: 2 * default_learning_rate(hidden_size),
+)
