@@ -20,7 +20,14 @@ METHOD_FLAGS = {
     },
     "prefix": {"--num-virtual-tokens", "--prefix-init", "--prefix-init-text"},
 }
-METHOD_FLAGS["dora"] = METHOD_FLAGS["lora"]
+METHOD_FLAGS["dora"] = METHOD_FLAGS["pissa"] = METHOD_FLAGS["lora"]
+METHOD_FLAGS["lora-plus"] = METHOD_FLAGS["lora"] | {"--loraplus-lr-ratio"}
+METHOD_FLAGS["adalora"] = {"--init-r", "--target-r", "--lora-alpha", "--orth-reg-weight", "--target-modules"}
+METHOD_FLAGS["ia3"] = {"--target-modules", "--feedforward-modules"}
+METHOD_FLAGS["ln"] = {"--target-modules"}
+METHOD_FLAGS["shira"] = {"--r", "--mask", "--target-modules"}
+METHOD_FLAGS["prompt"] = {"--num-virtual-tokens", "--prompt-init", "--prompt-init-text"}
+METHOD_FLAGS["p-tuning"] = METHOD_FLAGS["prompt"] | {"--encoder-reparameterization-type", "--encoder-hidden-size"}
 METHOD_FLAGS["rslora"] = METHOD_FLAGS["lora"] - {"--use-rslora"}
 RUN_FLAGS = {
     *(
@@ -35,6 +42,7 @@ RUN_FLAGS = {
         "--dtype",
     ),
     *("--attn-implementation", "--early-stopping-patience", "--resume", "--overwrite", "--dry-run"),
+    *("--packing", "--pack-length", "--sweep", "--publish"),
 }
 TRAINING_FLAGS = {
     *("--max-steps", "--num-train-epochs", "--learning-rate", "--per-device-train-batch-size", "--seed"),
@@ -129,7 +137,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]):
     assert [name for name in METHODS if name not in shown] == []
     assert main([]) == 2
     assert main(["adalorra"]) == 2
-    assert "METHOD: expected one of lora, rslora, dora, prefix; got 'adalorra'" in capsys.readouterr().err
+    assert f"METHOD: expected one of {', '.join(METHODS)}; got 'adalorra'" in capsys.readouterr().err
     assert main(["lora", "--help"]) == 0
     assert "--rank-pattern JSON" in capsys.readouterr().out
     assert main(["lora", "--model", "m"]) == 2

@@ -54,7 +54,7 @@ def trainable_peft_model(shape: str, folder: Path) -> Any:
     """As `peft_model`, with gradients. PEFT does not load a prefix for training: it gets the tensor by hand."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    if config.peft_type != "PREFIX_TUNING":
+    if config.peft_type not in ("PREFIX_TUNING", "PROMPT_TUNING"):
         return PeftModel.from_pretrained(build_model(shape), str(folder), is_trainable=True).eval()
     peft = get_peft_model(build_model(shape), config).eval()
     with torch.no_grad():
@@ -83,13 +83,17 @@ def check_same_logits(shape: str, method: str, config: dict[str, Any], folder: P
     base = build_model(shape)
     lowered = lowered_logits(base, load_adapter(folder, TorchBase(base)), ids)
     assert (ours - plain).abs().max() > 1e-2, "the adapter must matter for the comparison to mean anything"
-    torch.testing.assert_close(ours, theirs[:, -ids.shape[1] :], rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours, lowered, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, theirs[:, -ids.shape[1] :], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, lowered, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_and_the_lowered_parts_give_our_logits(shape: str, method: str, tmp_path: Path):
+    if shape == "gpt2" and method in NOT_FOR_CONV1D:
+        with pytest.raises(OptionError, match="Conv1D"):
+            attach(method, build_model(shape))
+        return
     check_same_logits(shape, method, {}, tmp_path / "a")
 
 
@@ -98,13 +102,22 @@ def test_every_option_means_what_it_means_to_peft(method: str, config: dict[str,
     check_same_logits("llama-biased", method, config, tmp_path / "a")
 
 
+OWN_START = {"pissa", "adalora", "p-tuning"}
+"""PEFT changes the base to start a PiSSA, regularises AdaLoRA, and drops a P-Tuning's encoder from the file."""
+NOT_FOR_CONV1D = {"shira"}
+
+
 @pytest.mark.parametrize("shape", ["llama-biased", "gpt2", "phi3"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - OWN_START))
 def test_gradients_equal_pefts(shape: str, method: str, tmp_path: Path):
+    if shape == "gpt2" and method in NOT_FOR_CONV1D:
+        return
     model, adapter = trained(shape, method, {}, tmp_path / "a")
     ids = random_ids()
     model(input_ids=ids, labels=ids).loss.backward()
-    ours = {name: p.grad for name, p in adapter.parameters.items()}
+    ours = {
+        name.replace("virtual tokens.embeddings", "prompt_embeddings"): p.grad for name, p in adapter.parameters.items()
+    }
     peft = trainable_peft_model(shape, tmp_path / "a")
     peft(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     theirs = {_file_name(name): p.grad for name, p in peft.named_parameters() if p.requires_grad}
@@ -121,7 +134,7 @@ def _file_name(parameter: str) -> str:
     return parameter.replace(".default.weight", "" if "magnitude" in parameter else ".weight").replace(".default", "")
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"prefix", "prompt", "p-tuning"}))
 def test_a_fresh_low_rank_adapter_starts_from_the_base(method: str):
     model, ids = build_model("qwen2"), random_ids()
     with torch.no_grad():
@@ -152,13 +165,13 @@ def test_padding_does_not_change_a_row(method: str):
     with torch.no_grad():
         alone = model(input_ids=ids).logits
         for extra in ({}, {"attention_mask": mask}):
-            got = model(input_ids=padded, **extra).logits[:, : ids.shape[1]]
+            got = model(input_ids=padded, **extra).logits[:, : alone.shape[1]]
             torch.testing.assert_close(got, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_detaching_gives_the_base_back(method: str):
-    model, ids = build_model("gpt2"), random_ids()
+    model, ids = build_model("llama" if method in NOT_FOR_CONV1D else "gpt2"), random_ids()
     names = list(dict(model.named_modules()))
     with torch.no_grad():
         before = model(input_ids=ids).logits

@@ -27,6 +27,15 @@ from tests.trainer.tiny_models import build_model, copy_task, random_ids, save_b
 QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2, "disable_tqdm": True}
 
 
+KINDS = {"lora-plus": "lora", "pissa": "lora"}
+"""What these methods write is of another's kind."""
+
+
+def with_dropout(method: str) -> dict[str, float]:
+    fields = METHODS[method].config_class.__dataclass_fields__
+    return {"lora_dropout": 0.1} if "lora_dropout" in fields else {}
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
@@ -56,15 +65,15 @@ def test_what_is_written_gives_the_trained_models_logits(method: str, qwen2: Pat
     result = train(method, model=qwen2, data=rows, out=tmp_path / "a", training=QUICK)
     base = build_model("qwen2")
     adapter = load_adapter(tmp_path / "a", TorchBase(base))
-    assert (adapter.kind, adapter.digest) == (method, result.digest)
+    assert (adapter.kind, adapter.digest) == (KINDS.get(method, method), result.digest)
     with torch.no_grad():
-        ours = result.model(input_ids=random_ids()).logits
+        ours = result.model(input_ids=random_ids()).logits[:, -random_ids().shape[1] :]
     torch.testing.assert_close(ours, lowered_logits(base, adapter, random_ids()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_bits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    dropout = {} if method == "prefix" else {"lora_dropout": 0.1}
+    dropout = with_dropout(method)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(method, model=qwen2, data=rows, out=tmp_path / name, config=dropout, training={**QUICK, "seed": seed})
     assert_equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
@@ -81,7 +90,7 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_with_the_same_bits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    config = {} if method == "prefix" else {"lora_dropout": 0.1}
+    config = with_dropout(method)
     run: dict[str, Any] = {"model": qwen2, "data": rows, "config": config}
     train(method, **run, out=tmp_path / "whole", training=QUICK)
     saving = {**QUICK, "save_strategy": "steps", "save_steps": 4}

@@ -1,0 +1,189 @@
+"""Many jobs in one batch: each ends as its solo run does; they join, leave, are swept and published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from peftmux.trainer import OptionError, train
+from peftmux.trainer.cli import main
+from peftmux.trainer.errors import DataError
+from peftmux.trainer.jobs.file import JobsFile, read_jobs
+from peftmux.trainer.jobs.run import JobRun
+from tests.trainer.tiny_models import copy_task, write_rows
+
+TOLERANCE = 5e-5
+"""float32: sums in another order, seen through Adam, which divides a gradient by its own size. Steps are up to 1e-2."""
+SPECS: list[dict[str, Any]] = [
+    {"name": "lora", "method": "lora", "r": 4, "learning_rate": 1e-2, "max_steps": 7},
+    {"name": "dora", "method": "dora", "r": 2, "max_steps": 5, "gradient_accumulation_steps": 2},
+    {"name": "prefix", "method": "prefix", "num_virtual_tokens": 3, "max_steps": 6, "seed": 3},
+    {"name": "longer", "method": "prefix", "num_virtual_tokens": 6, "max_steps": 3},
+    {"name": "prompt", "method": "prompt", "num_virtual_tokens": 4, "max_steps": 6, "lr_scheduler_type": "cosine"},
+    {"name": "encoder", "method": "p-tuning", "num_virtual_tokens": 2, "max_steps": 4},
+    {"name": "budget", "method": "adalora", "init_r": 3, "target_r": 2, "max_steps": 9},
+    {"name": "vectors", "method": "ia3", "max_steps": 4, "weight_decay": 0.1},
+    {"name": "norms", "method": "ln", "max_steps": 4},
+    {"name": "entries", "method": "shira", "r": 1, "max_steps": 4},
+    {"name": "directions", "method": "pissa", "r": 2, "num_train_epochs": 2},
+]
+
+
+def jobs_file(folder: Path, base: Path, rows: Path, specs: list[dict[str, Any]], **defaults: Any) -> Path:
+    common = {"model": str(base), "data": str(rows), "per_device_train_batch_size": 3, "disable_tqdm": True}
+    jobs = [{"out": str(folder / "out" / spec["name"]), **spec} for spec in specs]
+    path = folder / "jobs.yaml"
+    path.write_text(yaml.safe_dump({"defaults": {**common, **defaults}, "jobs": jobs}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("few") / "rows.jsonl", copy_task(13))
+
+
+def test_each_job_ends_as_its_solo_run_does(qwen2: Path, few: Path, tmp_path: Path):
+    specs = read_jobs(jobs_file(tmp_path, qwen2, few, SPECS))
+    results = JobRun(specs).run()
+    assert list(results) != [spec["name"] for spec in SPECS], "they end when they are done, not in order"
+    for spec in specs:
+        solo = train(
+            spec.method.name,
+            model=qwen2,
+            data=few,
+            out=tmp_path / "solo" / spec.name,
+            config={
+                k: v for k, v in SPECS[specs.index(spec)].items() if k in spec.method.config_class.__dataclass_fields__
+            },
+            training=spec.training,
+        )
+        together = load_file(tmp_path / "out" / spec.name / "adapter_model.safetensors")
+        alone = load_file(tmp_path / "solo" / spec.name / "adapter_model.safetensors")
+        assert together.keys() == alone.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(
+                together[name],
+                tensor,
+                rtol=0,
+                atol=TOLERANCE,
+                msg=lambda text, what=(spec.name, name): f"{what} {text}",
+            )
+        assert results[spec.name].steps == solo.steps
+        config = [
+            json.loads((tmp_path / where / spec.name / "adapter_config.json").read_text()) for where in ("out", "solo")
+        ]
+        assert config[0] == config[1]
+
+
+def test_jobs_join_while_others_run(qwen2: Path, few: Path, tmp_path: Path):
+    path = jobs_file(tmp_path, qwen2, few, SPECS[:1])
+    file = JobsFile(path)
+    asked = 0
+
+    def more() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            jobs_file(tmp_path, qwen2, few, SPECS[:2])
+        return file.new_jobs()
+
+    results = JobRun(file.read(), more).run()
+    assert results.keys() == {"lora", "dora"}
+    assert results["dora"].steps == 5
+
+
+def test_one_that_diverges_does_not_stop_the_others(qwen2: Path, few: Path, tmp_path: Path):
+    wild = {"name": "wild", "method": "lora", "learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 4}
+    run = JobRun(read_jobs(jobs_file(tmp_path, qwen2, few, [wild, SPECS[0]])))
+    assert run.run().keys() == {"lora"}
+    assert "diverged" in run.failed["wild"]
+    assert not (tmp_path / "out" / "wild").exists()
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "an option": ([{"name": "a", "method": "lora", "rank": 4}], r"job 1 \(a\).*no such option 'rank'"),
+    "a value": ([{"name": "a", "method": "lora", "r": 0}], r"job 1 \(a\): r: expected 1 or more"),
+    "a type": ([{"name": "a", "method": "lora", "r": "four"}], r"job 1 \(a\): r.*invalid int"),
+    "a method": ([{"name": "a", "method": "loro"}], r"job 1 \(a\): method: expected one of"),
+    "no name": ([{"method": "lora"}], "job 1: expected a name"),
+    "a name twice": ([{"name": "a", "method": "lora", "out": "x"}, {"name": "a", "method": "lora"}], "each name once"),
+    "a folder twice": (
+        [{"name": "a", "method": "lora", "out": "x"}, {"name": "b", "method": "ln", "out": "x"}],
+        "each out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused(case: str, qwen2: Path, few: Path, tmp_path: Path):
+    specs, message = BAD[case]
+    path = tmp_path / "jobs.yaml"
+    jobs = [{"out": str(tmp_path / f"o{i}"), **spec} for i, spec in enumerate(specs)]
+    path.write_text(yaml.safe_dump({"defaults": {"model": str(qwen2), "data": str(few)}, "jobs": jobs}))
+    with pytest.raises(OptionError, match=message):
+        read_jobs(path)
+
+
+def test_bad_data_of_one_job_is_named_before_any_step(qwen2: Path, few: Path, tmp_path: Path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    path = jobs_file(tmp_path, qwen2, few, [SPECS[0], {**SPECS[1], "data": str(broken)}])
+    with pytest.raises(OptionError, match=r"dora: .*broken\.jsonl:2"):
+        JobRun(read_jobs(path)).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_keeps_the_best(taught: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    held_out = write_rows(tmp_path / "eval.jsonl", copy_task(32, seed=1))
+    words = ["lora", "--model", str(taught), "--data", str(rows), "--eval-data", str(held_out), "--max-steps", "30"]
+    words += ["--out", str(tmp_path / "a"), "--sweep", "learning_rate=1e-9,2e-3,1e-8", "--publish", str(tmp_path / "p")]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "best: learning_rate=2e-3" in shown
+    assert shown.count("<- kept") == 1
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == files
+    assert {path.name for path in (tmp_path / "p" / "a").iterdir()} == files
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "p", "eval.jsonl"}, "nothing else is left"
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [("r=4", "different values"), ("r", "NAME=V1"), ("r=4,4", "different values"), ("rank=4,8", "no such option")],
+)
+def test_bad_sweeps_are_refused(sweep: str, message: str, qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(few), "--out", str(tmp_path / "a")]
+    assert main([*words, "--sweep", sweep]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_packing_is_the_same_training_with_less_padding(qwen2: Path, tmp_path: Path):
+    """One pack that holds all rows, against one padded batch of all rows."""
+    data = write_rows(tmp_path / "rows.jsonl", copy_task(9))
+    training = {"max_steps": 3, "per_device_train_batch_size": 9, "learning_rate": 1e-2, "disable_tqdm": True}
+    found = []
+    for packing in (False, True):
+        out = tmp_path / f"packed-{packing}"
+        train("lora", model=qwen2, data=data, out=out, training=training, packing=packing)
+        found.append(load_file(out / "adapter_model.safetensors"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=0, atol=TOLERANCE, msg=name)
+
+
+def test_packing_is_refused_where_it_is_not_exact(qwen2: Path, few: Path, tmp_path: Path):
+    with pytest.raises(OptionError, match="prefix puts something in front of each row"):
+        train("prefix", model=qwen2, data=few, out=tmp_path / "a", packing=True, training={"max_steps": 1})
+
+
+def test_data_errors_keep_their_type(qwen2: Path, tmp_path: Path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        train("lora", model=qwen2, data=empty, out=tmp_path / "a", training={"max_steps": 1})
