@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -56,6 +57,8 @@ SERVE = {
 }
 GENERATE = CONNECTION | {
     "--adapter",
+    "--adapters",
+    "--adapter-task",
     "--chat",
     "--system",
     "--stop",
@@ -106,6 +109,14 @@ def test_flags_of_serve_are_frozen():
 
 def test_flags_of_generate_are_frozen():
     assert flags(generate.build_parser()[0]) == GENERATE
+
+
+def test_the_servers_adapter_folder_is_no_weighted_sum(monkeypatch):
+    monkeypatch.setenv("PEFTMUX_ADAPTERS", "/srv/adapters")
+    parser, settings = generate.build_parser()
+    args = settings.resolve(parser.parse_args(["x", "--adapters", "a=0.5,b@0123=-1"]), os.environ)
+    assert generate._options(args)["adapters"] == [("a", 0.5), ("b@0123", -1.0)]
+    assert "adapters" not in generate._options(settings.resolve(parser.parse_args(["x"]), os.environ))
 
 
 def test_flags_of_classify_and_embed_are_frozen():
@@ -180,6 +191,8 @@ def test_help_is_complete(command, capsys):
         (["serve", "m", "--tls-client-ca-cert-path", __file__], "with --tls-client-ca-cert-path"),
         (["serve", "m", "--auth-tokens", "/none"], "expected a file, got '/none'"),
         (["serve", "m", "--grace-seconds", "-1"], "expected a number of seconds >= 0, got '-1'"),
+        (["generate", "x", "--adapters", "a=1,b"], "expected NAME=WEIGHT,NAME=WEIGHT,..., got 'a=1,b'"),
+        (["generate", "x", "--adapters", "=1"], "expected NAME=WEIGHT,NAME=WEIGHT,..., got '=1'"),
         (["generate", "x", "--max-tokens", "0"], "expected a whole number >= 1, got '0'"),
         (["adapters"], "ACTION"),
         (["adapters", "load", "x"], "SOURCE"),

@@ -185,6 +185,13 @@ def test_every_option_is_sent_and_nothing_else(script, either):
     assert (bare.text, bare.adapter, bare.HasField("adapter_task")) == ("bare", "", False)
 
 
+def test_a_weighted_sum_is_sent_term_by_term(script, either):
+    scripted, target = script
+    scripted.on("Generate", GENERATED)
+    either.call(target, "generate", "a", adapters=[("x", 0.5), ("y@0123456789", -2)], adapter_task=None)
+    assert [(term.adapter, term.weight) for term in scripted.requests[0].adapters] == [("x", 0.5), ("y@0123456789", -2)]
+
+
 def test_images_are_sent_as_files_or_patches(script, either):
     scripted, target = script
     scripted.on("Generate", GENERATED)

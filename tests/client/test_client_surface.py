@@ -87,8 +87,9 @@ def test_options_are_the_contracts_fields():
     )
     for names, message in zip(groups.values(), messages, strict=True):
         assert set(names) == set(message.DESCRIPTOR.fields_by_name)
-    assert set(GenerateOptions.__annotations__) == {*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, "images", "timeout"}
-    assert set(request) == {*groups, *PLAIN, "adapters", "images", "text", "token_ids", "chat"}
+    repeated = {"adapters", "images"}
+    assert set(GenerateOptions.__annotations__) == {*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, *repeated, "timeout"}
+    assert set(request) == {*groups, *PLAIN, *repeated, "text", "token_ids", "chat"}
 
 
 def test_importing_the_client_brings_no_torch():

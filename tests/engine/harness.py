@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from peftmux.runtime.engine.api import AdapterInfo, Delta, GenerationRequest
+from peftmux.runtime.engine.api import AdapterInfo, Delta, GenerationRequest, WeightedAdapter
 from peftmux.runtime.engine.factory import EngineConfig, start_engine
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import EngineObserver, NullObserver
@@ -96,6 +96,7 @@ def request(
     deadline: float | None = None,
     priority: int = 0,
     task: int | None = None,
+    adapters: Sequence[tuple[str, float]] = (),
     **stopping: Any,
 ) -> GenerationRequest:
     """Greedy and past end tokens unless told otherwise."""
@@ -109,6 +110,7 @@ def request(
         deadline=deadline,
         stream=stream,
         task=task,
+        adapters=tuple(WeightedAdapter(name, weight) for name, weight in adapters),
     )
 
 

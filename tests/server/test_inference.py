@@ -143,10 +143,13 @@ async def test_a_task_on_an_adapter_without_tasks_is_the_callers_error(served: S
     assert failure.fields == {"adapter_task": "expected unset, a lora adapter without tasks"}
 
 
-async def test_a_weighted_sum_is_unimplemented(served: Served):
-    weighted = [pb.WeightedAdapter(adapter="a", weight=0.5), pb.WeightedAdapter(adapter="b", weight=0.5)]
-    failure = await answer_of(served.inference.Generate(ids(adapters=weighted)))
-    assert (failure.code, failure.info.reason) == (CODE.UNIMPLEMENTED, "NOT_OFFERED")
+async def test_a_weighted_sum_reaches_the_engine(served: Served):
+    weighted = [pb.WeightedAdapter(adapter="a", weight=0.5), pb.WeightedAdapter(adapter="b@0123456789", weight=-2)]
+    await served.inference.Generate(ids(adapters=weighted))
+    assert [(term.adapter, term.weight) for term in served.engine.requests[-1].adapters] == [
+        ("a", 0.5),
+        ("b@0123456789", -2.0),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peftmux.runtime.engine.api import ModelInfo
-from peftmux.runtime.server.errors import InvalidFields, NotOffered
+from peftmux.runtime.server.errors import InvalidFields
 from peftmux.runtime.server.requests import Checks, check_generation, check_lengths, check_name
 from peftmux.v1 import inference_pb2 as pb
 
@@ -91,6 +91,11 @@ BAD = {
         "adapters[0].adapter",
         "got ''",
     ),
+    "too many terms": (
+        request(adapters=[pb.WeightedAdapter(adapter="a", weight=1)] * 33),
+        "adapters",
+        "at most 32, got 33",
+    ),
     "weight nan": (
         request(adapters=[pb.WeightedAdapter(adapter="a", weight=math.nan)]),
         "adapters[0].weight",
@@ -172,11 +177,6 @@ def test_set_fields_arrive():
 def test_alternatives_past_a_small_vocabulary_are_all_of_it():
     small = ModelInfo("m", "A", 50, 128, "float32", "cpu", 1, (), 64, 256)
     assert check_generation(request(output=pb.OutputOptions(logprobs=100)), small)[2].logprobs == 50
-
-
-def test_a_weighted_sum_is_not_offered_and_says_so():
-    with pytest.raises(NotOffered, match="weighted sum"):
-        check_generation(request(adapters=[pb.WeightedAdapter(adapter="a", weight=1)]), INFO)
 
 
 @pytest.mark.parametrize(

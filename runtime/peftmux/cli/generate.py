@@ -56,6 +56,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, Settings]:
     settings = Settings(parser)
     add_prompt(settings)
     settings.add("--adapter", metavar="NAME", help="NAME or NAME@REVISION; the base model if left out")
+    settings.add(
+        "--adapters",
+        dest="adapter_weights",  # PEFTMUX_ADAPTERS is the server's folder
+        metavar="NAME=W,...",
+        type=values.weights,
+        help="a weighted sum of adapters instead of one",
+    )
+    settings.add("--adapter-task", metavar="N", type=values.natural, help="which task of a multi-task adapter")
     settings.add("--chat", action="store_true", default=False, help="PROMPT is what the user says in a conversation")
     settings.add("--system", metavar="TEXT", help="what the system says before (with --chat)")
     settings.add("--stop", metavar="TEXT", action="append", help="end before this text (may be repeated)")
@@ -77,8 +85,10 @@ def _prompt(text: str, args: argparse.Namespace) -> Prompt:
 
 
 def _options(args: argparse.Namespace) -> GenerateOptions:
-    names = [name.replace("-", "_") for name in _SAMPLING] + ["adapter", "stop", "ignore_eos"]
+    names = [name.replace("-", "_") for name in _SAMPLING] + ["adapter", "adapter_task", "stop", "ignore_eos"]
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.adapter_weights:
+        chosen["adapters"] = args.adapter_weights
     return cast("GenerateOptions", chosen)
 
 

@@ -66,6 +66,20 @@ def named_path(text: str) -> tuple[str, str]:
     return name, path
 
 
+def weights(text: str) -> list[tuple[str, float]]:
+    """NAME=WEIGHT, separated by commas: the terms of a weighted sum of adapters."""
+    terms = []
+    for term in text.split(","):
+        name, equals, weight = term.strip().partition("=")
+        try:
+            terms.append((name, float(weight)))
+        except ValueError:
+            equals = ""
+        if not (name and equals):
+            raise argparse.ArgumentTypeError(f"expected NAME=WEIGHT,NAME=WEIGHT,..., got {text!r}")
+    return terms
+
+
 def existing_file(text: str) -> Path:
     path = Path(text)
     if not path.is_file():

@@ -76,6 +76,7 @@ def request(kind: type[RequestT], prompt: Prompt, options: GenerateOptions) -> R
         stopping=inference_pb2.StoppingParams(**_only(given, STOPPING)),
         output=inference_pb2.OutputOptions(**_only(given, OUTPUT)),
         images=[_image(image) for image in given.get("images", ())],
+        adapters=[inference_pb2.WeightedAdapter(adapter=a, weight=weight) for a, weight in given.get("adapters", ())],
         **_only(given, PLAIN),
         **_input(prompt),
     )
@@ -131,7 +132,7 @@ def _only(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _all_options() -> list[str]:
-    return sorted([*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, "images", "timeout"])
+    return sorted([*SAMPLING, *STOPPING, *OUTPUT, *PLAIN, "adapters", "images", "timeout"])
 
 
 def generation(message: inference_pb2.GenerateResponse) -> Generation:

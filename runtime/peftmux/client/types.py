@@ -66,7 +66,10 @@ class GenerateOptions(TypedDict, total=False):
 
     adapter: str
     """ "" or left out is the base model; "name" or "name@revision"."""
+    adapters: Sequence[tuple[str, float]]
+    """A weighted sum of adapters instead of one: (name or name@revision, weight) of each."""
     adapter_task: int
+    """Which task of a multi-task adapter."""
     temperature: float
     """Left out is 1; 0 is greedy."""
     top_p: float

@@ -15,8 +15,16 @@ from peftmux.adapters.source import valid_name
 from peftmux.runtime.engine.api import AdapterInfo, AdapterState, ResidencyLevel
 from peftmux.runtime.engine.observer import EngineObserver
 from peftmux.runtime.engine.placement import DevicePlacement, Placed, PreparedAdapter
+from peftmux.runtime.engine.sums import Sums
 from peftmux.runtime.engine.thread import EngineThread
-from peftmux.runtime.errors import AdapterExists, Draining, EngineDead, InvalidRequest, RuntimeFailure
+from peftmux.runtime.errors import (
+    AdapterExists,
+    AdapterMemoryExhausted,
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    RuntimeFailure,
+)
 from peftmux.runtime.residency.loader import Loader
 from peftmux.runtime.residency.store import AdapterStore, Entry, Revision
 
@@ -61,6 +69,7 @@ class AdapterManager:
         self._thread = thread
         self._observer = observer
         self.store: AdapterStore[Placed] = AdapterStore(self._remove)
+        self.sums = Sums(self.store, loader, self._place)
         self._turns: dict[str, _Turn] = {}
         self._tasks: set[asyncio.Task[AdapterInfo]] = set()
 
@@ -121,6 +130,7 @@ class AdapterManager:
     def close(self) -> None:
         """Whoever waits for a load or an unload is answered with Draining."""
         self._loader.close()
+        self.sums.close()
         for task in self._tasks:
             task.cancel()
 
@@ -183,16 +193,18 @@ class AdapterManager:
             parameters=lowered.parameters,
             bytes=prepared.size,
             placement=placed,
+            folder=job.folder,
         )
         entry.pinned = job.pinned
         seconds = time.monotonic() - started
         self.store.publish(entry, revision, job.source, seconds)
+        self.sums.forget(old)
         self._observer.adapter_loaded(seconds)
         return self.info(entry)
 
     async def _place(self, name: str, prepared: PreparedAdapter) -> Placed:
         """On the device, its virtual tokens computed a chunk at a time: rows that run have a step between two."""
-        placed = await asyncio.wrap_future(self._thread.ask(lambda: self._placement.place(name, prepared)))
+        placed = await self._make_room(name, prepared)
         try:
             for chunk in self._placement.chunks(placed, prepared):
                 await asyncio.wrap_future(self._thread.ask(partial(self._placement.compute, chunk)))
@@ -202,8 +214,18 @@ class AdapterManager:
             raise
         return placed
 
+    async def _make_room(self, name: str, prepared: PreparedAdapter) -> Placed:
+        """Weighted sums that nobody uses make room, least recently used first."""
+        while True:
+            try:
+                return await asyncio.wrap_future(self._thread.ask(lambda: self._placement.place(name, prepared)))
+            except AdapterMemoryExhausted:
+                if not self.sums.evict():
+                    raise
+
     async def _unload(self, name: str, wait: bool) -> AdapterInfo:
         entry = self.store.unload(name)
+        self.sums.forget(entry.revision)
         if wait:
             await asyncio.wrap_future(entry.removed)
         info = self.info(entry)

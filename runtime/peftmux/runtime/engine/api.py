@@ -20,6 +20,15 @@ from peftmux.runtime.params import (
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """One adapter of a weighted sum."""
+
+    adapter: str
+    """ "name" or "name@revision"."""
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request. `prompt` holds token ids: text and chat are encoded before (`AsyncEngine.encode*`)."""
 
@@ -38,6 +47,8 @@ class GenerationRequest:
     """Of a multi-task adapter, and of such only."""
     images: tuple[Image, ...] = ()
     """For an adapter that takes images, in the order of their positions."""
+    adapters: tuple[WeightedAdapter, ...] = ()
+    """A weighted sum of adapters instead of one."""
 
 
 @dataclass(frozen=True, slots=True)

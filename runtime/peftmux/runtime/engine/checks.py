@@ -7,14 +7,17 @@ callers to what no row may bring into a step, and names the first field that bre
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from peftmux.runtime.engine.api import GenerationRequest, ModelInfo
+from peftmux.adapters.source import valid_name
+from peftmux.runtime.engine.api import GenerationRequest, ModelInfo, WeightedAdapter
 from peftmux.runtime.engine.placement import Placed
 from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.params import OutputOptions, SamplingParams, StoppingParams
 
+MAX_TERMS = 32
+"""Of a weighted sum."""
 _ENDLESS = 1 << 62
 
 
@@ -56,7 +59,22 @@ def check_request(request: GenerationRequest, info: ModelInfo) -> None:
     check_sampling(checks, request.sampling, info.vocabulary_size, _OWN)
     check_stopping(checks, request.stopping, info.vocabulary_size, _OWN)
     check_output(checks, request.output, info.vocabulary_size, _OWN)
+    check_sum(checks, request.adapter, request.adapters)
     checks.raise_first()
+
+
+def check_sum(checks: Checks, adapter: str, adapters: Sequence[WeightedAdapter]) -> None:
+    """The terms of a weighted sum, which stands instead of one adapter."""
+    if not adapters:
+        return
+    checks.expect(not adapter, "adapters", "either `adapter` or `adapters`", "both")
+    checks.expect(len(adapters) <= MAX_TERMS, "adapters", f"at most {MAX_TERMS}", len(adapters))
+    for index, term in enumerate(adapters):
+        field = f"adapters[{index}]"
+        name, at, revision = term.adapter.partition("@")
+        good = valid_name(name) and bool(revision or not at)
+        checks.expect(good, f"{field}.adapter", "name or name@revision", repr(term.adapter))
+        checks.expect(math.isfinite(term.weight), f"{field}.weight", "a finite number", term.weight)
 
 
 def check_prompt(prompt: tuple[int, ...], info: ModelInfo) -> None:
@@ -88,6 +106,8 @@ def check_images(request: GenerationRequest, placed: Placed) -> None:
 
 
 def _who(request: GenerationRequest) -> str:
+    if request.adapters:
+        return "the sum of adapters"
     return f"adapter {request.adapter!r}" if request.adapter else "the base model"
 
 

@@ -88,8 +88,9 @@ class LocalEngine:
         check_request(request, self._info)
         if request.images and request.adapter:
             request = await self._decoded(request)
+        revision = await self._adapters.sums.acquire(request.adapters) if request.adapters else None
         mailbox = Mailbox()
-        active = self._start(request, mailbox, readout.of_generation)
+        active = self._start(request, mailbox, readout.of_generation, revision)
         with self._running(active, mailbox):
             over = False
             while not over:
@@ -135,12 +136,22 @@ class LocalEngine:
         with self._running(active, mailbox):
             return active, await mailbox.get()
 
-    def _start(self, request: GenerationRequest, mailbox: Mailbox, choose: Choice) -> ActiveRequest:
-        """Lease its adapter and hand it to the engine's thread, or raise what it is refused with."""
-        if self._draining:
-            raise Draining("the server is shutting down")
-        revision = self._adapters.store.acquire(request.adapter) if request.adapter else None
+    def _start(
+        self,
+        request: GenerationRequest,
+        mailbox: Mailbox,
+        choose: Choice,
+        revision: Revision[Placed] | None = None,
+    ) -> ActiveRequest:
+        """Lease its adapter and hand it to the engine's thread, or raise what it is refused with.
+
+        `revision` is leased already, where it is a weighted sum.
+        """
+        if revision is None and request.adapter and not self._draining:
+            revision = self._adapters.store.acquire(request.adapter)
         try:
+            if self._draining:
+                raise Draining("the server is shutting down")
             active = self._activate(request, revision, mailbox, choose)
             self._thread.post(lambda: self._core.add(active))
         except BaseException:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peftmux.adapters.compose import obstacle
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.parts import IMAGES, LoweredAdapter, TokenGroup, VisionPart
 from peftmux.runtime.engine.images import ImageRule
@@ -61,6 +62,8 @@ class Placed:
     """Of an adapter that takes images."""
     template: tuple[TokenGroup, ...] = ()
     """Virtual tokens among a request's own."""
+    obstacle: str = ""
+    """Why it cannot be a term of a weighted sum; "" where it can."""
 
     @property
     def position_offset(self) -> int:
@@ -197,6 +200,7 @@ class DevicePlacement:
             tasks=parts.virtual.tasks if parts.virtual else 0,
             images=_image_rule(adapter.lowered),
             template=parts.template,
+            obstacle=obstacle(adapter.lowered),
         )
 
     def _place_prefixes(self, name: str, adapter: PreparedAdapter) -> tuple[PrefixBlocks, ...]:

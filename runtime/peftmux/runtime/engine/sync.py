@@ -28,6 +28,7 @@ from peftmux.runtime.engine.api import (
     GenerationRequest,
     ModelInfo,
     Pooling,
+    WeightedAdapter,
 )
 from peftmux.runtime.engine.factory import EngineConfig, start_engine
 from peftmux.runtime.engine.local import LocalEngine
@@ -139,6 +140,7 @@ class Engine:
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
         task: int | None = None,
+        adapters: Sequence[tuple[str, float]] = (),
     ) -> Generation: ...
 
     @overload
@@ -151,6 +153,7 @@ class Engine:
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
         task: int | None = None,
+        adapters: Sequence[tuple[str, float]] = (),
     ) -> list[Generation]: ...
 
     def generate(
@@ -162,14 +165,16 @@ class Engine:
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
         task: int | None = None,
+        adapters: Sequence[tuple[str, float]] = (),
     ) -> Generation | list[Generation]:
         """One prompt, or several in one batch, each with the same adapter or with its own.
 
+        `adapters` are the (name, weight) of a weighted sum instead of one adapter, for each prompt.
         Without `sampling` the tokens are drawn from the model's distribution by a seed that nobody knows. When one of
         several fails, the others are cancelled and its error is raised.
         """
         requests = [
-            self._request(one, name, task, sampling, stopping, output, stream=False)
+            self._request(one, name, adapters, task, sampling, stopping, output, stream=False)
             for one, name in with_adapters(prompt, adapter)
         ]
         answers = self._ask_all(self._answer, requests)
@@ -239,9 +244,10 @@ class Engine:
         stopping: StoppingParams | None = None,
         output: OutputOptions | None = None,
         task: int | None = None,
+        adapters: Sequence[tuple[str, float]] = (),
     ) -> Iterator[Delta]:
         """Deltas as they come; read slowly, they merge. Closing the iterator frees the row within one step."""
-        request = self._request(prompt, adapter, task, sampling, stopping, output, stream=True)
+        request = self._request(prompt, adapter, adapters, task, sampling, stopping, output, stream=True)
         deltas = cast("AsyncGenerator[Delta]", self._engine.generate(request))
         try:
             while (delta := self._run(_next(deltas))) is not None:
@@ -277,6 +283,7 @@ class Engine:
         self,
         prompt: Prompt,
         adapter: str,
+        adapters: Sequence[tuple[str, float]],
         task: int | None,
         sampling: SamplingParams | None,
         stopping: StoppingParams | None,
@@ -292,6 +299,7 @@ class Engine:
             output=output or OutputOptions(),
             stream=stream,
             task=task,
+            adapters=tuple(WeightedAdapter(name, weight) for name, weight in adapters),
         )
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from peftmux.runtime.errors import AdapterLoading, AdapterNotFound, Draining
@@ -29,7 +30,10 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Revision(Generic[Placement]):
-    """One adapter's content on the device. `users` and `retired` are guarded by the store's lock."""
+    """One adapter's content on the device, or a weighted sum of several.
+
+    `users` and `retired` are guarded by the store's lock.
+    """
 
     name: str
     digest: str
@@ -40,6 +44,10 @@ class Revision(Generic[Placement]):
     parameters: int
     bytes: int
     placement: Placement
+    folder: Path | None = None
+    """Where its files were read."""
+    members: tuple[Revision[Placement], ...] = ()
+    """Of a weighted sum: who leases it leases them too."""
     users: int = 0
     retired: bool = False
 
@@ -115,6 +123,21 @@ class AdapterStore(Generic[Placement]):
             gone = revision.retired and not revision.users
         if gone:
             self._remove(revision)
+        for member in revision.members:
+            self.release(member)
+
+    def lease(self, revision: Revision[Placement]) -> None:
+        """One more user of a revision that no name stands for, and that is not retired."""
+        with self._lock:
+            assert not revision.retired, f"{revision.name!r} is retired"
+            revision.users += 1
+
+    def retire(self, revision: Revision[Placement]) -> None:
+        """A revision that no name stands for has no new users, and goes with its last."""
+        with self._lock:
+            gone = self._retire(revision)
+        if gone is not None:
+            self._remove(gone)
 
     def begin(self, name: str, source: str) -> Entry[Placement]:
         """A load starts. A name that is new (or had failed) is visible as LOADING from now on.

@@ -106,6 +106,7 @@ class InferenceService:
             stream=stream,
             task=requests.task_of(message),
             images=pictures,
+            adapters=requests.sum_of(message),
         )
 
     async def _illustrated(self, message: requests.GenerationMessage) -> tuple[tuple[int, ...], tuple[Image, ...]]:

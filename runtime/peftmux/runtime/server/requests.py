@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 
 from peftmux.adapters.source import valid_name
 from peftmux.runtime.engine import checks
-from peftmux.runtime.engine.api import ModelInfo, Pooling
+from peftmux.runtime.engine.api import ModelInfo, Pooling, WeightedAdapter
 from peftmux.runtime.engine.checks import Limits
 from peftmux.runtime.params import OutputOptions, SamplingParams, StoppingParams
-from peftmux.runtime.server.errors import InvalidFields, NotOffered
+from peftmux.runtime.server.errors import InvalidFields
 from peftmux.v1 import inference_pb2
 
 GenerationMessage = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
@@ -51,10 +50,10 @@ def task_of(message: PromptMessage) -> int | None:
 def check_generation(
     message: GenerationMessage, info: ModelInfo
 ) -> tuple[SamplingParams, StoppingParams, OutputOptions]:
-    """Check every field that needs no tokenizer. Raises InvalidFields, or NotOffered for a weighted sum of adapters."""
+    """Check every field that needs no tokenizer. Raises InvalidFields."""
     found, vocabulary = Checks(), info.vocabulary_size
     _check_adapter(found, message)
-    _check_adapters(found, message)
+    checks.check_sum(found, message.adapter, sum_of(message))
     _check_input(found, message, info)
     sampling, stopping = _sampling(message.sampling), _stopping(message.stopping)
     output = _output(message.output)
@@ -62,8 +61,6 @@ def check_generation(
     checks.check_stopping(found, stopping, vocabulary, LIMITS)
     checks.check_output(found, output, vocabulary, LIMITS)
     found.done()
-    if message.adapters:
-        raise NotOffered("adapters: a weighted sum of adapters is not offered by this server; name one in `adapter`")
     return sampling, stopping, _within(output, vocabulary)
 
 
@@ -118,12 +115,9 @@ def _check_adapter(found: Checks, message: PromptMessage) -> None:
         found.expect(False, "adapter_task", "unset for the base model, which has no tasks", task)
 
 
-def _check_adapters(found: Checks, message: GenerationMessage) -> None:
-    both = bool(message.adapter) and len(message.adapters) > 0
-    found.expect(not both, "adapters", "either `adapter` or `adapters`", "both")
-    for index, weighted in enumerate(message.adapters):
-        check_name(found, f"adapters[{index}].adapter", weighted.adapter)
-        _finite(found, f"adapters[{index}].weight", weighted.weight)
+def sum_of(message: GenerationMessage) -> tuple[WeightedAdapter, ...]:
+    """The terms of a weighted sum of adapters; () where the request has none."""
+    return tuple(WeightedAdapter(term.adapter, term.weight) for term in message.adapters)
 
 
 def _check_input(found: Checks, message: PromptMessage, info: ModelInfo) -> None:
@@ -177,7 +171,3 @@ def _within(output: OutputOptions, vocabulary: int) -> OutputOptions:
     """Alternatives past a small vocabulary are the whole vocabulary."""
     counts = (output.logprobs, output.prompt_logprobs)
     return OutputOptions(*(None if count is None else min(count, vocabulary) for count in counts))
-
-
-def _finite(found: Checks, field: str, value: float) -> None:
-    found.expect(math.isfinite(value), field, "a finite number", value)
