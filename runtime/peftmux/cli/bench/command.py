@@ -17,12 +17,15 @@ from typing import Any
 import torch
 import transformers
 
+from peftmux.cli.bench.kinds import KINDS, save_random_kinds
 from peftmux.cli.bench.opponents import ENGINES
 from peftmux.cli.bench.processes import Opponents, Served
 from peftmux.cli.bench.workload import RANDOM_MODELS, Workload, save_random_loras, save_random_model
 
 Cell = tuple[str, int]
 """(contender, concurrent requests)"""
+_LORAS, _MIXED = "peftmux, {} LoRAs r=16 (beside kinds)", "peftmux, {} adapters of all kinds"
+_KINDS_RANK = 16
 _RANKS = {1: 8, 8: 8, 32: 16}
 """Rank of the LoRAs by how many there are; ENGINE's reference points."""
 
@@ -38,6 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--requests", type=_counts, default=(1, 8, 32), metavar="N,N", help="concurrent requests")
     parser.add_argument("--adapters", type=_counts, default=(0, 1, 8, 32), metavar="N,N", help="different adapters")
+    parser.add_argument(
+        "--kinds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also N adapters whose kinds take turns, beside N LoRAs of rank 16, over the same rows",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="times each contender runs; medians are shown")
     parser.add_argument("--num-threads", type=int, default=None)
     parser.add_argument("--no-opponents", action="store_true", help="leave transformers out")
@@ -58,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = {cell: [workloads[cell[1]].new_tokens / s for s in times] for cell, times in seconds.items()}
     report = _report(args, device, rates)
     print(_table(report))
+    if args.kinds:
+        print(_kinds_line(args, rates))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -73,6 +85,12 @@ def _measure(args: argparse.Namespace, device: str, folder: Path) -> dict[Cell, 
     for n, names in groups.items():
         save_random_loras(model, root, _rank(n), names)
     root.mkdir(exist_ok=True)
+    contenders = {_ours(n): groups.get(n, [""]) for n in args.adapters}
+    if args.kinds:
+        beside = [f"beside-kinds-{i}" for i in range(args.kinds)]
+        save_random_loras(model, root, _KINDS_RANK, beside)
+        contenders[_LORAS.format(args.kinds)] = beside
+        contenders[_MIXED.format(args.kinds)] = save_random_kinds(model, root, args.kinds)
     flags = ["--device", device, "--dtype", args.dtype, "--no-prefix-caching"]
     if args.num_threads:
         flags += ["--num-threads", str(args.num_threads)]
@@ -82,13 +100,12 @@ def _measure(args: argparse.Namespace, device: str, folder: Path) -> dict[Cell, 
         opponents = None
         if not args.no_opponents:
             opponents = stack.enter_context(Opponents(model, device, args.num_threads))
-        asyncio.run(served.load([name for names in groups.values() for name in names]))
+        asyncio.run(served.load([name for group in contenders.values() for name in group if name]))
         for turn in range(args.rounds + 1):
             for requests in args.requests:
                 workload = Workload.draw(requests, RANDOM_MODELS[args.size]["vocab_size"])
-                for n in args.adapters:
-                    took = asyncio.run(served.run(workload, groups[n] if n else [""]))
-                    _note(seconds, turn, (_ours(n), requests), took)
+                for contender, group in contenders.items():
+                    _note(seconds, turn, (contender, requests), asyncio.run(served.run(workload, group)))
                 for name in ENGINES if opponents else ():
                     assert opponents is not None
                     _note(seconds, turn, (f"transformers {name}", requests), opponents.run(name, workload))
@@ -138,6 +155,15 @@ def _report(args: argparse.Namespace, device: str, rates: dict[Cell, list[float]
         "rounds": args.rounds,
         "rows": rows,
     }
+
+
+def _kinds_line(args: argparse.Namespace, rates: dict[Cell, list[float]]) -> str:
+    """The cost of mixing kinds: the time of the mixed batch over that of the LoRAs in the same round."""
+    requests = max(args.requests)
+    mixed, loras = (rates[name.format(args.kinds), requests] for name in (_MIXED, _LORAS))
+    ratio = statistics.median(b / a for a, b in zip(mixed, loras, strict=True))
+    kinds = min(args.kinds, len(KINDS) + 1)
+    return f"{kinds} kinds in one batch of {requests} rows take {ratio:.2f}x the time of as many LoRAs"
 
 
 def _processor() -> str:
