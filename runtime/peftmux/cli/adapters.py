@@ -15,6 +15,8 @@ from peftmux.cli.errors import CommandError
 from peftmux.cli.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
     from peftmux.adapters.parts import LoweredAdapter
     from peftmux.client import Adapter
 
@@ -93,7 +95,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    fields = _describe(_lower(args.path, args.model))
+    fields = _describe(*_lower(args.path, args.model))
     print(_json(fields) if args.json else _lines(fields))
 
 
@@ -109,8 +111,8 @@ def _convert(args: argparse.Namespace) -> None:
     print(_json(fields) if args.json else _lines(fields))
 
 
-def _lower(path: str, model: str) -> LoweredAdapter:
-    """Read and lower the folder exactly as a server of `model` would."""
+def _lower(path: str, model: str) -> tuple[LoweredAdapter, torch.dtype]:
+    """Read and lower the folder exactly as a server of `model` would; with the base's dtype."""
     from peftmux.adapters.checkpoint import load_checkpoint
     from peftmux.adapters.errors import AdapterError, AdapterInvalid
     from peftmux.adapters.lower import load_adapter
@@ -121,17 +123,24 @@ def _lower(path: str, model: str) -> LoweredAdapter:
     except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(f"cannot load the base model {model!r}: {error}") from error
     try:
-        return load_adapter(path, TorchBase(module))
+        return load_adapter(path, TorchBase(module)), module.dtype
     except AdapterInvalid as error:
         raise CommandError(f"{error.reason}: {error}") from error
     except AdapterError as error:
         raise CommandError(str(error)) from error
 
 
-def _describe(adapter: LoweredAdapter) -> dict[str, Any]:
+def _describe(adapter: LoweredAdapter, dtype: torch.dtype) -> dict[str, Any]:
+    from peftmux.adapters.cost import cost
+
     low, high = adapter.ranks
+    needed = cost(adapter, dtype)
     return {
+        "loads": True,
         "kind": adapter.kind,
+        "lowers_to": [f"{count} {part}" for part, count in sorted(needed.parts.items())],
+        "bytes": needed.size,
+        "flops_per_token": needed.flops,
         "revision": adapter.digest,
         "min_rank": low,
         "max_rank": high,
