@@ -7,7 +7,7 @@ IA3) the layer's output times `lora_B` [out, 1] * alpha / r. Fusion: `<layer>.*_
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,9 @@ _LORA: FieldTable = {
     "r": Honoured(8, is_positive_int, "a positive integer"),
     "composition_mode": Honoured("add", lambda v: v in ("add", "scale"), "add or scale"),
     "leave_out": Honoured([], is_layers, "a list of layer numbers"),
-    **{
-        name: NoEffect("which layers have one is in the tensors")
-        for name in ("attn_matrices", "selfattn_lora", "intermediate_lora", "output_lora")
-    },
+    "attn_matrices": Honoured(None, lambda v: set(v) <= {"q", "k", "v"}, "a list of q, k and v"),
+    "selfattn_lora": Honoured(False, lambda v: v is True, "true or false"),
+    **{name: NoEffect("which layers have one is in the tensors") for name in ("intermediate_lora", "output_lora")},
     **{name: NoEffect("training only") for name in ("dropout", "init_weights", "init_weights_seed", "dtype")},
 }
 _ON = ("key", "query", "value", "value_before_softmax")
@@ -111,8 +110,7 @@ def _plan_lora(name: str, config: Mapping[str, Any], ledger: Ledger, base: BaseM
         if adds:
             ledger.claim(tensor.replace("lora_B", "lora_A"), (rank, site.in_features))
         sites[site.name] = tensor
-    if not sites:
-        raise AdapterInvalid(Reason.NO_SITES, "expected LoRA tensors, got none")
+    _check_every_layer(fields, sites, base)
     scale = fields["alpha"] / fields["r"]
 
     def build(tensors: Mapping[str, Tensor]) -> Parts:
@@ -122,6 +120,28 @@ def _plan_lora(name: str, config: Mapping[str, Any], ledger: Ledger, base: BaseM
         return Parts({site: LinearPart(out_scale=tensors[b].flatten() * scale) for site, b in sites.items()})
 
     return Plan("lora" if adds else "ia3", build)
+
+
+def _check_every_layer(fields: Mapping[str, Any], sites: Collection[str], base: BaseModel) -> None:
+    """The same layers in every block that `leave_out` does not name, those of attn_matrices among them."""
+    left_out = fields["leave_out"] if isinstance(fields["leave_out"], list) else [fields["leave_out"]]
+    blocks: dict[int, set[str]] = {i: set() for i in range(len(base.kv_shapes)) if i not in left_out}
+    for site in sites:
+        numbers = [int(part) for part in site.split(".") if part.isdigit()]
+        if not numbers or numbers[0] not in blocks:
+            raise AdapterInvalid(Reason.UNUSED_TENSOR, f"expected no tensors at {site}, which leave_out names")
+        blocks[numbers[0]].add(site.split(f".{numbers[0]}.", 1)[1])
+    wanted = set().union(*blocks.values())
+    if not wanted:
+        raise AdapterInvalid(Reason.NO_SITES, "expected LoRA tensors, got none")
+    for block, found in blocks.items():
+        if missing := sorted(wanted - found):
+            raise AdapterInvalid(
+                Reason.MISSING_TENSOR, f"expected tensors at {missing[0]} of block {block}, as in others"
+            )
+    for letter in (fields["attn_matrices"] or ()) if fields["selfattn_lora"] else ():
+        if not any(name.endswith((f"{letter}_proj", "c_attn", "qkv_proj")) for name in wanted):
+            raise AdapterInvalid(Reason.MISSING_TENSOR, f"field attn_matrices: expected tensors of {letter}, got none")
 
 
 def _plan_fusion(fusion: Any, inner: Mapping[str, Mapping[str, Any]], ledger: Ledger, base: BaseModel) -> Plan:
