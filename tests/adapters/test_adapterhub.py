@@ -174,7 +174,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "attention too": ({"mh_adapter": True}, "MISSING_TENSOR", "attention_adapters"),
     "a layer left out": ({"leave_out": [1]}, "UNUSED_TENSOR", "layers.1"),
     "a scale that is not there": ({"scaling": "learned"}, "MISSING_TENSOR", "scaling"),
-    "another architecture": ({"architecture": "prefix_tuning"}, "UNSUPPORTED_METHOD", "prefix_tuning"),
+    "another architecture": ({"architecture": "union"}, "UNSUPPORTED_METHOD", "prefix_tuning"),
     "an unknown field": ({"temperature": 3}, "UNSUPPORTED_FIELD", "temperature"),
 }
 

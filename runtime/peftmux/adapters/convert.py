@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftmux.adapters.convert_hub import ADAPTER as HUB_PICKLE
+from peftmux.adapters.convert_hub import gather_hub
 from peftmux.adapters.convert_xlora import gather_xlora
 from peftmux.adapters.errors import AdapterInvalid, Reason, SourceNotFound
-from peftmux.adapters.files import CONFIG_FILE, parse_config
-from peftmux.adapters.writer import write_adapter
+from peftmux.adapters.files import CONFIG_FILE, parse_config, read_adapter
+from peftmux.adapters.writer import write_adapter, write_files
 
 PICKLE_FILE = "adapter_model.bin"
 
@@ -19,23 +21,32 @@ PICKLE_FILE = "adapter_model.bin"
 def convert_adapter(source: str | Path, destination: str | Path) -> str:
     """Write PEFT's two files of a folder whose tensors are in adapter_model.bin; returns the content's digest.
 
-    An X-LoRA folder is gathered from its pieces instead (`convert_xlora`). The pickle is opened by torch's restricted
-    loader, which builds tensors and plain containers only. Raises SourceNotFound, and AdapterInvalid where the folder
-    is not such an adapter or the pickle holds anything else.
+    AdapterHub's folder keeps its own files (`convert_hub`), and an X-LoRA folder is gathered from its pieces instead
+    (`convert_xlora`). The pickle is opened by torch's restricted loader, which builds tensors and plain containers
+    only. Raises SourceNotFound, and AdapterInvalid where the folder is not such an adapter or the pickle holds anything
+    else.
     """
     source, destination = Path(source), Path(destination)
     if not source.is_dir():
         raise SourceNotFound(f"no adapter folder {str(source)!r}")
+    if (source / HUB_PICKLE).is_file():
+        _check_new(destination)
+        write_files(destination, gather_hub(source, _tensors))
+        return read_adapter(destination).digest
     xlora = _is_xlora(source)
     for name in (CONFIG_FILE, *(() if xlora else (PICKLE_FILE,))):
         if not (source / name).is_file():
             raise AdapterInvalid(Reason.MISSING_FILE, f"expected {CONFIG_FILE} and {PICKLE_FILE}, found no {name}")
-    if destination.exists() and any(destination.iterdir()):
-        raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {destination}")
+    _check_new(destination)
     config = parse_config((source / CONFIG_FILE).read_bytes())
     if xlora:
         return write_adapter(destination, *gather_xlora(source, config))
     return write_adapter(destination, config, _tensors(source / PICKLE_FILE))
+
+
+def _check_new(destination: Path) -> None:
+    if destination.exists() and any(destination.iterdir()):
+        raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {destination}")
 
 
 def _is_xlora(folder: Path) -> bool:

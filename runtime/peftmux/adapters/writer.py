@@ -29,12 +29,18 @@ def write_adapter(
     A new or empty `folder` appears in one rename. One that holds files keeps those that are not named here; its
     config is taken away first and put back last, so a reader finds the old adapter, none, or the new one.
     """
-    folder = Path(folder)
     plain = {name: _plain(value) for name, value in config.items()}
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     files: dict[str, bytes] = {name: _bytes(name, data) for name, data in (extra_files or {}).items()}
     files[TENSOR_FILE] = save(stored, metadata={"format": "pt"})
     files[CONFIG_FILE] = json.dumps(dict(sorted(plain.items())), indent=2, allow_nan=False).encode()
+    write_files(folder, files)
+    return adapter_digest(plain, stored)
+
+
+def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder's files, by plain name, the config last; what becomes of the folder as in `write_adapter`."""
+    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
     aside.mkdir()
@@ -42,10 +48,9 @@ def write_adapter(
         for name, data in files.items():
             _write_durably(aside / name, data)
         _sync_folder(aside)
-        _publish(aside, folder, list(files))
+        _publish(aside, folder, sorted(files, key=lambda name: name == CONFIG_FILE))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return adapter_digest(plain, stored)
 
 
 def _publish(aside: Path, folder: Path, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What AdapterHub's library saves: bottlenecks, fusions of them, its LoRA and IA3, and heads. See `adapters.hub`.
+"""What AdapterHub's library saves: bottlenecks, fusions of them, its LoRA, IA3, prefixes and heads. See `adapters.hub`.
 
 Its LoRA: `<layer>.loras.<name>.lora_A` [r, in], `.lora_B` [out, r], scale alpha / r; with composition_mode "scale" (its
 IA3) the layer's output times `lora_B` [out, 1] * alpha / r. Fusion: `<layer>.*_adapters.adapter_fusion_layer.*`.
@@ -19,6 +19,7 @@ from peftmux.adapters.config import FieldTable, Honoured, NoEffect, is_layers, i
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.hub import PEFT_TYPE
 from peftmux.adapters.methods.bottleneck import PLACES, BottleneckPlan, kind_of, plan_bottlenecks
+from peftmux.adapters.methods.hub_prefix import plan_hub_prefix
 from peftmux.adapters.methods.ledger import Ledger
 from peftmux.adapters.methods.registry import Method, Parts, Plan, Shapes
 from peftmux.adapters.parts import Fusion, LinearPart, Part, ReplacedRows
@@ -80,10 +81,14 @@ def _plan_one(name: str, config: Mapping[str, Any], ledger: Ledger, base: BaseMo
     architecture = config.get("architecture")
     if architecture == "lora":
         return _plan_lora(name, config, ledger, base)
+    if architecture == "prefix_tuning":
+        return plan_hub_prefix(name, config, ledger, base)
     if architecture is not None:
+        several = " (several methods in one, such as MAM and UniPELT)" if architecture == "union" else ""
         raise AdapterInvalid(
             Reason.UNSUPPORTED_METHOD,
-            f"field architecture: expected a bottleneck or lora, got {str(architecture)[:80]!r}, which is not served",
+            "field architecture: expected a bottleneck, lora or prefix_tuning, "
+            f"got {str(architecture)[:80]!r}{several}, which is not served",
         )
     plans = plan_bottlenecks(config, name, f"adapter/{name}/", ledger, base)
     return Plan(kind_of(config), partial(_build_bottlenecks, plans))
