@@ -72,6 +72,8 @@ def test_both_clients_have_the_same_methods():
         "stream",
         "tokenize",
         "unload_adapter",
+        "update_adapter",
+        "watch_adapters",
         "wait_ready",
     }
     assert list(inspect.signature(Client).parameters) == list(inspect.signature(AsyncClient).parameters)

@@ -61,6 +61,7 @@ class FakeEngine:
         self.seconds_per_token = 0.0
         self.padding = ""
         self.requests: list[GenerationRequest] = []
+        self.changes: asyncio.Queue[AdapterInfo] = asyncio.Queue()
         self.readouts: list[ClassificationRequest | EmbeddingRequest] = []
         self.created = 0
         self.released = 0
@@ -157,6 +158,24 @@ class FakeEngine:
 
     async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
         return replace(self.adapters.pop(self.get_adapter(name).name), state=AdapterState.UNLOADED, residency=None)
+
+    async def update_adapter(
+        self, name: str, *, pinned: bool | None = None, weight: float | None = None
+    ) -> AdapterInfo:
+        given = {"pinned": pinned, "weight": weight}
+        changes: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+        self.adapters[name] = replace(self.get_adapter(name), **changes)
+        return self.adapters[name]
+
+    async def watch_adapters(self) -> AsyncIterator[AdapterInfo]:
+        self.created += 1
+        try:
+            for info in self.list_adapters():
+                yield info
+            while True:
+                yield await self.changes.get()
+        finally:
+            self.released += 1
 
     def get_adapter(self, name: str) -> AdapterInfo:
         self._fail()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
 import grpc
 import pytest
 
@@ -94,12 +97,41 @@ async def test_load_errors_arrive(served: Served, error, code, reason):
     assert failure.fields == ({"source": "outside"} if reason == "SOURCE_FORBIDDEN" else {})
 
 
-async def test_what_comes_later_is_unimplemented(served: Served):
-    update = served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=True))
-    watch = served.adapters.WatchAdapters(pb.WatchAdaptersRequest()).read()
-    for call in (update, watch):
-        failure = await answer_of(call)
-        assert (failure.code, failure.info.reason) == (CODE.UNIMPLEMENTED, "NOT_OFFERED")
+async def test_update_changes_what_is_set(served: Served):
+    served.engine.adapters["a"] = adapter_info("a")
+    first = await served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=True))
+    assert (first.adapter.pinned, first.adapter.weight) == (True, 1.0)
+    second = await served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", weight=2.5))
+    assert (second.adapter.pinned, second.adapter.weight) == (True, 2.5)
+    third = await served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=False))
+    assert (third.adapter.pinned, third.adapter.weight) == (False, 2.5)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+async def test_a_share_is_a_positive_number(served: Served, weight):
+    failure = await answer_of(served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="../a", weight=weight)))
+    assert failure.code is CODE.INVALID_ARGUMENT
+    assert failure.fields.keys() == {"name", "weight"}
+
+
+async def test_an_update_of_nobody_is_not_found(served: Served):
+    failure = await answer_of(served.adapters.UpdateAdapter(pb.UpdateAdapterRequest(name="a", pinned=True)))
+    assert failure.code is CODE.NOT_FOUND
+
+
+async def test_watch_sends_what_there_is_then_each_change(served: Served):
+    served.engine.adapters["a"] = adapter_info("a")
+    call = served.adapters.WatchAdapters(pb.WatchAdaptersRequest())
+    assert (await call.read()).adapter.name == "a"
+    served.engine.changes.put_nowait(replace(adapter_info("b"), state=AdapterState.LOADING))
+    change = (await call.read()).adapter
+    assert (change.name, change.state) == ("b", pb.ADAPTER_STATE_LOADING)
+    call.cancel()
+    for _ in range(200):
+        if served.engine.released:
+            break
+        await asyncio.sleep(0.01)
+    assert (served.engine.created, served.engine.released) == (1, 1)
 
 
 def test_every_state_and_level_has_a_number():

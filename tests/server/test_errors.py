@@ -8,7 +8,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from peftmux.adapters import errors as adapters
 from peftmux.runtime import errors as runtime
-from peftmux.runtime.server.errors import TABLE, InvalidFields, MalformedRequest, NotOffered, RequestRefused, describe
+from peftmux.runtime.server.errors import TABLE, InvalidFields, MalformedRequest, RequestRefused, describe
 from peftmux.runtime.server.errors import Unauthenticated as NoToken
 from peftmux.runtime.server.status import details
 
@@ -61,10 +61,9 @@ def test_the_table_is_the_contract():
         "InvalidFields": (code.INVALID_ARGUMENT, "INVALID_FIELD"),
         "MalformedRequest": (code.INVALID_ARGUMENT, "MALFORMED_REQUEST"),
         "RequestTooLarge": (code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
-        "NotOffered": (code.UNIMPLEMENTED, "NOT_OFFERED"),
         "Unauthenticated": (code.UNAUTHENTICATED, "UNAUTHENTICATED"),
     }
-    assert {MalformedRequest, NotOffered, NoToken} <= TABLE.keys()
+    assert {MalformedRequest, NoToken} <= TABLE.keys()
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any, Self, Unpack
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -26,6 +26,8 @@ from peftmux.client.types import (
     Tokens,
 )
 from peftmux.v1 import adapters_pb2, inference_pb2
+
+T = TypeVar("T")
 
 
 class AsyncClient:
@@ -74,7 +76,7 @@ class AsyncClient:
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncIterator[Chunk]:
         """The answer as it is made. Closing the iterator, or cancelling who awaits it, cancels the request."""
         request = messages.request(inference_pb2.GenerateStreamRequest, prompt, options)
-        return self._stream(request, options.get("timeout"))
+        return self._stream(wire.GENERATE_STREAM, request, options.get("timeout"), messages.chunk)
 
     async def classify(
         self, prompt: PlainPrompt, *, adapter: str, adapter_task: int | None = None, timeout: float | None = None
@@ -132,6 +134,20 @@ class AsyncClient:
         response = await self._call(wire.LIST_ADAPTERS, adapters_pb2.ListAdaptersRequest(), timeout)
         return tuple(map(messages.adapter, response.adapters))
 
+    async def update_adapter(
+        self, name: str, *, pinned: bool | None = None, weight: float | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Change what is not None. `weight` is the adapter's share in fair scheduling, above 0."""
+        given = {"pinned": pinned, "weight": weight}
+        chosen: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+        request = adapters_pb2.UpdateAdapterRequest(name=name, **chosen)
+        return messages.adapter((await self._call(wire.UPDATE_ADAPTER, request, timeout)).adapter)
+
+    def watch_adapters(self, *, timeout: float | None = None) -> AsyncIterator[Adapter]:
+        """Every adapter as it is, then each change. Closing the iterator ends it; `timeout` is for all of it."""
+        request = adapters_pb2.WatchAdaptersRequest()
+        return self._stream(wire.WATCH_ADAPTERS, request, timeout, lambda response: messages.adapter(response.adapter))
+
     def _attempts(self, timeout: float | None) -> wire.Attempts:
         return wire.Attempts(self._timeout if timeout is None else timeout, self._retries)
 
@@ -144,8 +160,10 @@ class AsyncClient:
             except grpc.RpcError as error:
                 await self._wait(attempts, translate(error))
 
-    async def _stream(self, request: Message, timeout: float | None) -> AsyncIterator[Chunk]:
-        call = wire.GENERATE_STREAM.on(self._channel, "unary_stream")
+    async def _stream(
+        self, method: wire.Method, request: Message, timeout: float | None, read: Callable[[Any], T]
+    ) -> AsyncIterator[T]:
+        call = method.on(self._channel, "unary_stream")
         attempts = self._attempts(timeout)
         started = False
         while True:
@@ -153,7 +171,7 @@ class AsyncClient:
             try:
                 async for response in responses:
                     started = True
-                    yield messages.chunk(response)
+                    yield read(response)
                 return
             except grpc.RpcError as error:
                 failure = translate(error)

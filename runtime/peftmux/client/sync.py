@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any, Self, Unpack
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
@@ -25,6 +25,8 @@ from peftmux.client.types import (
     Tokens,
 )
 from peftmux.v1 import adapters_pb2, inference_pb2
+
+T = TypeVar("T")
 
 
 class Client:
@@ -77,7 +79,7 @@ class Client:
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
         """The answer as it is made. Closing the iterator cancels the request."""
         request = messages.request(inference_pb2.GenerateStreamRequest, prompt, options)
-        return self._stream(request, options.get("timeout"))
+        return self._stream(wire.GENERATE_STREAM, request, options.get("timeout"), messages.chunk)
 
     def classify(
         self, prompt: PlainPrompt, *, adapter: str, adapter_task: int | None = None, timeout: float | None = None
@@ -135,6 +137,20 @@ class Client:
         response = self._call(wire.LIST_ADAPTERS, adapters_pb2.ListAdaptersRequest(), timeout)
         return tuple(map(messages.adapter, response.adapters))
 
+    def update_adapter(
+        self, name: str, *, pinned: bool | None = None, weight: float | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Change what is not None. `weight` is the adapter's share in fair scheduling, above 0."""
+        given = {"pinned": pinned, "weight": weight}
+        chosen: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+        request = adapters_pb2.UpdateAdapterRequest(name=name, **chosen)
+        return messages.adapter(self._call(wire.UPDATE_ADAPTER, request, timeout).adapter)
+
+    def watch_adapters(self, *, timeout: float | None = None) -> Iterator[Adapter]:
+        """Every adapter as it is, then each change. Closing the iterator ends it; `timeout` is for all of it."""
+        request = adapters_pb2.WatchAdaptersRequest()
+        return self._stream(wire.WATCH_ADAPTERS, request, timeout, lambda response: messages.adapter(response.adapter))
+
     def _attempts(self, timeout: float | None) -> wire.Attempts:
         return wire.Attempts(self._timeout if timeout is None else timeout, self._retries)
 
@@ -147,8 +163,10 @@ class Client:
             except grpc.RpcError as error:
                 self._wait(attempts, translate(error))
 
-    def _stream(self, request: Message, timeout: float | None) -> Iterator[Chunk]:
-        call = wire.GENERATE_STREAM.on(self._channel, "unary_stream")
+    def _stream(
+        self, method: wire.Method, request: Message, timeout: float | None, read: Callable[[Any], T]
+    ) -> Iterator[T]:
+        call = method.on(self._channel, "unary_stream")
         attempts = self._attempts(timeout)
         started = False
         while True:
@@ -156,7 +174,7 @@ class Client:
             try:
                 for response in responses:
                     started = True
-                    yield messages.chunk(response)
+                    yield read(response)
                 return
             except grpc.RpcError as error:
                 failure = translate(error)

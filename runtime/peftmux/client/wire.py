@@ -65,6 +65,9 @@ UNLOAD_ADAPTER = Method("/peftmux.v1.AdapterService/UnloadAdapter", adapters_pb2
 GET_ADAPTER = Method("/peftmux.v1.AdapterService/GetAdapter", adapters_pb2.GetAdapterResponse.FromString)
 LIST_ADAPTERS = Method("/peftmux.v1.AdapterService/ListAdapters", adapters_pb2.ListAdaptersResponse.FromString)
 
+UPDATE_ADAPTER = Method("/peftmux.v1.AdapterService/UpdateAdapter", adapters_pb2.UpdateAdapterResponse.FromString)
+WATCH_ADAPTERS = Method("/peftmux.v1.AdapterService/WatchAdapters", adapters_pb2.WatchAdaptersResponse.FromString)
+
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     return () if token is None else (("authorization", f"Bearer {token}"),)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +18,7 @@ from peftmux.runtime.engine.observer import EngineObserver
 from peftmux.runtime.engine.placement import DevicePlacement, Placed, PreparedAdapter
 from peftmux.runtime.engine.sums import Sums
 from peftmux.runtime.engine.thread import EngineThread
+from peftmux.runtime.engine.watch import Watchers
 from peftmux.runtime.errors import (
     AdapterExists,
     AdapterMemoryExhausted,
@@ -68,7 +70,8 @@ class AdapterManager:
         self._placement = placement
         self._thread = thread
         self._observer = observer
-        self.store: AdapterStore[Placed] = AdapterStore(self._remove)
+        self.store: AdapterStore[Placed] = AdapterStore(self._remove, self._changed)
+        self._watchers = Watchers()
         self.sums = Sums(self.store, loader, self._place)
         self._turns: dict[str, _Turn] = {}
         self._tasks: set[asyncio.Task[AdapterInfo]] = set()
@@ -101,6 +104,20 @@ class AdapterManager:
     async def unload(self, name: str, wait: bool) -> AdapterInfo:
         return await self._in_turn(name, lambda: self._unload(name, wait))
 
+    def update(self, name: str, pinned: bool | None, weight: float | None) -> AdapterInfo:
+        """What is None stays. The weight counts for requests that come from now on."""
+        if weight is not None and not 0 < weight < math.inf:
+            raise InvalidRequest("weight", f"expected a positive number, got {weight:g}")
+        return self.info(self.store.update(name, pinned, weight))
+
+    def weight(self, revision: Revision[Placed] | None) -> float:
+        """The share of service of its name; 1 for the base model and for sums of several."""
+        entry = self.store.find(revision.name) if revision else None
+        return entry.weight if entry else 1.0
+
+    def watch(self) -> AsyncIterator[AdapterInfo]:
+        return self._watchers.watch(lambda: [self.info(entry) for entry in self.store.entries()])
+
     def info(self, entry: Entry[Placed]) -> AdapterInfo:
         revision = entry.revision
         if revision is None:
@@ -127,8 +144,13 @@ class AdapterManager:
             source=entry.source,
         )
 
+    def leave(self) -> None:
+        """The server begins to shut down: whoever watches is answered with Draining."""
+        self._watchers.close()
+
     def close(self) -> None:
         """Whoever waits for a load or an unload is answered with Draining."""
+        self._watchers.close()
         self._loader.close()
         self.sums.close()
         for task in self._tasks:
@@ -242,6 +264,11 @@ class AdapterManager:
             self._thread.post(remove)
         except EngineDead:  # and the device's memory with it
             self.store.forget(revision)
+
+    def _changed(self, entry: Entry[Placed], gone: bool) -> None:
+        """Called by the store, in any thread."""
+        info = self.info(entry)
+        self._watchers.tell(_unloaded(info) if gone else info)
 
     def _finished(self, task: asyncio.Task[AdapterInfo]) -> None:
         self._tasks.discard(task)

@@ -234,6 +234,16 @@ class AsyncEngine(Protocol):
 
     async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo: ...
 
+    async def update_adapter(
+        self, name: str, *, pinned: bool | None = None, weight: float | None = None
+    ) -> AdapterInfo:
+        """Change what is not None. The weight is a positive share in fair scheduling, of requests that come later."""
+        ...
+
+    def watch_adapters(self) -> AsyncIterator[AdapterInfo]:
+        """Every adapter as it is, then each change, until it is closed. Draining when the engine leaves."""
+        ...
+
     def get_adapter(self, name: str) -> AdapterInfo: ...
 
     def list_adapters(self) -> tuple[AdapterInfo, ...]: ...

@@ -124,6 +124,7 @@ class EngineCore:
             end_token_ids=tuple(active.ends),
             priority=request.priority,
             fairness_key=active.adapter,
+            weight=active.weight,
             arrival=active.submitted,
             active_from=active_from,
             readout=active.readout,

@@ -193,6 +193,14 @@ class LocalEngine:
     async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
         return await self._adapters.unload(name, wait)
 
+    async def update_adapter(
+        self, name: str, *, pinned: bool | None = None, weight: float | None = None
+    ) -> AdapterInfo:
+        return self._adapters.update(name, pinned, weight)
+
+    def watch_adapters(self) -> AsyncIterator[AdapterInfo]:
+        return self._adapters.watch()
+
     def get_adapter(self, name: str) -> AdapterInfo:
         return self._adapters.info(self._adapters.store.get(name))
 
@@ -214,6 +222,7 @@ class LocalEngine:
 
     async def drain(self, grace_seconds: float) -> None:
         self._draining = True
+        self._adapters.leave()
         until = time.monotonic() + grace_seconds
         while self._open and time.monotonic() < until and self._thread.healthy:
             await asyncio.sleep(_POLL_SECONDS)
@@ -241,6 +250,7 @@ class LocalEngine:
         prefix = placed.prefix(request.task)
         virtual = prefix.length if prefix else 0
         context, capacity = self._info.context_length, self._core.scheduler.max_row_tokens(prefix)
+        weight = self._adapters.weight(revision)
         tokens = fill_template(request.prompt, placed.template)
         if reads is not None:
             readout.check_room(len(tokens), virtual, context, capacity)
@@ -249,7 +259,7 @@ class LocalEngine:
                 request = replace(request, prompt=tokens)
             tokens = without_trailing(tokens)
             return ActiveRequest(
-                next(self._ids), request, tokens, revision, NoText(), frozenset(), 1, mailbox.put, reads
+                next(self._ids), request, tokens, revision, NoText(), frozenset(), 1, mailbox.put, reads, weight=weight
             )
         stream = self._text.stream(request.prompt, request.stopping)
         spans: tuple[ImageSpan, ...] = ()
@@ -262,7 +272,18 @@ class LocalEngine:
         ends = frozenset(request.stopping.stop_token_ids)
         if not request.stopping.ignore_eos:
             ends |= self._end_token_ids
-        return ActiveRequest(next(self._ids), request, tokens, revision, stream, ends, limit, mailbox.put, images=spans)
+        return ActiveRequest(
+            next(self._ids),
+            request,
+            tokens,
+            revision,
+            stream,
+            ends,
+            limit,
+            mailbox.put,
+            images=spans,
+            weight=weight,
+        )
 
 
 def _hand_out(deliveries: Deliveries) -> None:

@@ -76,10 +76,16 @@ def _uncancellable() -> Future[None]:
 
 
 class AdapterStore(Generic[Placement]):
-    """`remove` is called with a retired revision when its last user has gone; it frees the device's memory."""
+    """`remove` is called with a retired revision when its last user has gone; it frees the device's memory.
 
-    def __init__(self, remove: Callable[[Revision[Placement]], None]) -> None:
+    `changed` is called with an entry after each change of it, and whether its name is free again.
+    """
+
+    def __init__(
+        self, remove: Callable[[Revision[Placement]], None], changed: Callable[[Entry[Placement], bool], None]
+    ) -> None:
         self._remove = remove
+        self._changed = changed
         self._lock = threading.Lock()
         self._entries: dict[str, Entry[Placement]] = {}
 
@@ -146,11 +152,23 @@ class AdapterStore(Generic[Placement]):
         """
         with self._lock:
             entry = self._entries.get(name)
-            if entry is None or entry.state is State.FAILED:
+            new = entry is None or entry.state is State.FAILED
+            if entry is None or new:
                 entry = self._entries[name] = Entry(name, State.LOADING, source)
             if entry.state is State.DRAINING:
                 raise Draining(f"adapter {name!r} is being unloaded")
-            return entry
+        if new:
+            self._changed(entry, False)
+        return entry
+
+    def update(self, name: str, pinned: bool | None, weight: float | None) -> Entry[Placement]:
+        """What is None stays as it is. AdapterNotFound."""
+        with self._lock:
+            entry = self._entry(name)
+            entry.pinned = entry.pinned if pinned is None else pinned
+            entry.weight = entry.weight if weight is None else weight
+        self._changed(entry, False)
+        return entry
 
     def publish(self, entry: Entry[Placement], revision: Revision[Placement], source: str, seconds: float) -> None:
         """New requests get this revision from now on; those in flight keep the old one."""
@@ -158,6 +176,7 @@ class AdapterStore(Generic[Placement]):
             old, entry.revision = entry.revision, revision
             entry.state, entry.source, entry.error, entry.load_seconds = State.READY, source, "", seconds
             gone = self._retire(old)
+        self._changed(entry, False)
         if gone is not None:
             self._remove(gone)
 
@@ -166,10 +185,11 @@ class AdapterStore(Generic[Placement]):
         with self._lock:
             if entry.revision is not None:
                 entry.error = error if keep else entry.error
-            elif keep:
-                entry.state, entry.error = State.FAILED, error
             else:
-                self._entries.pop(entry.name, None)
+                entry.state, entry.error = State.FAILED, error
+                if not keep:
+                    self._entries.pop(entry.name, None)
+        self._changed(entry, False)
 
     def unload(self, name: str) -> Entry[Placement]:
         """No new requests. `removed` is done by `forget` when the last one has left and the memory is free."""
@@ -179,8 +199,10 @@ class AdapterStore(Generic[Placement]):
                 return entry
             entry.state = State.DRAINING
             gone = self._retire(entry.revision)
-            if entry.revision is None:
+            forgotten = entry.revision is None
+            if forgotten:
                 self._forget(entry)
+        self._changed(entry, forgotten)
         if gone is not None:
             self._remove(gone)
         return entry
@@ -189,8 +211,10 @@ class AdapterStore(Generic[Placement]):
         """The device has let go of a retired revision. A name that was being unloaded for it is free again."""
         with self._lock:
             entry = self._entries.get(revision.name)
-            if entry is not None and entry.revision is revision:
-                self._forget(entry)
+            if entry is None or entry.revision is not revision:
+                return
+            self._forget(entry)
+        self._changed(entry, True)
 
     def _forget(self, entry: Entry[Placement]) -> None:
         self._entries.pop(entry.name, None)

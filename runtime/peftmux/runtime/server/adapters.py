@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, cast
 
-from peftmux.runtime.engine.api import AsyncEngine
+from peftmux.runtime.engine.api import AdapterInfo, AsyncEngine
 from peftmux.runtime.server import responses
-from peftmux.runtime.server.errors import NotOffered
 from peftmux.runtime.server.guard import Write
 from peftmux.runtime.server.requests import Checks, check_name
 from peftmux.v1 import adapters_pb2 as pb
@@ -57,10 +58,21 @@ class AdapterService:
         return pb.ListAdaptersResponse(adapters=[responses.adapter(info) for info in self._engine.list_adapters()])
 
     async def update(self, message: pb.UpdateAdapterRequest, deadline: float | None) -> pb.UpdateAdapterResponse:
-        raise NotOffered("UpdateAdapter is not offered by this server: pins are set by LoadAdapter")
+        checks = Checks()
+        check_name(checks, "name", message.name)
+        weight = message.weight if message.HasField("weight") else None
+        good = weight is None or 0 < weight < math.inf
+        checks.expect(good, "weight", "a positive number", weight)
+        checks.done()
+        pinned = message.pinned if message.HasField("pinned") else None
+        info = await self._engine.update_adapter(message.name, pinned=pinned, weight=weight)
+        return pb.UpdateAdapterResponse(adapter=responses.adapter(info))
 
     async def watch(self, message: pb.WatchAdaptersRequest, deadline: float | None, write: Write) -> None:
-        raise NotOffered("WatchAdapters is not offered by this server: ask ListAdapters")
+        infos = cast("AsyncGenerator[AdapterInfo]", self._engine.watch_adapters())
+        async with aclosing(infos):
+            async for info in infos:
+                await write(pb.WatchAdaptersResponse(adapter=responses.adapter(info)))
 
 
 def _check_name(name: str) -> None:

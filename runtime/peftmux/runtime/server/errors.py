@@ -2,9 +2,8 @@
 
     error                                             code                 reason
     peftmux.runtime.errors, peftmux.adapters.errors   see TABLE
-    InvalidFields, NotOffered, Unauthenticated,       see TABLE
-      MalformedRequest, RequestTooLarge (below; they
-      exist only here)
+    InvalidFields, Unauthenticated, MalformedRequest, see TABLE
+      RequestTooLarge (below; they exist only here)
     anything else                                     INTERNAL             INTERNAL, a fixed message and a log entry
 
 A test walks both trees and fails for an error class that TABLE does not name.
@@ -47,10 +46,6 @@ class RequestTooLarge(RequestRefused):
     """More bytes than a request message may have."""
 
 
-class NotOffered(RequestRefused):
-    """The contract has it, this server does not offer it."""
-
-
 class Unauthenticated(RequestRefused):
     """No bearer token, or none that this server knows."""
 
@@ -89,7 +84,6 @@ TABLE: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     InvalidFields: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
     MalformedRequest: (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST"),
     RequestTooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
-    NotOffered: (grpc.StatusCode.UNIMPLEMENTED, "NOT_OFFERED"),
     Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
 }
 
