@@ -2,6 +2,7 @@
 #
 #   make demo     train three adapters, serve them in one batch, show the answers side by side
 #   make test     the test suite                        make lint     format, lint, types, import contracts, protos
+#   make kernels  the Triton kernels without a GPU: in its interpreter, and compiled for sm_80, sm_90 and sm_100
 #   make bench    the benchmark (BENCH_ARGS="...")      make gpu      GPU tests and benchmark, with the machine's python
 #   make base     train the embedded base model anew    make protos   regenerate protos/peftmux/v1
 #
@@ -27,13 +28,17 @@ INSTALL := -m pip --disable-pip-version-check install --no-compile
 TORCH_QUIET := $(shell test -t 2 || echo -qq)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lint-style lint-types lint-imports lint-protos bench gpu base protos dev clean
+.PHONY: demo test kernels lint lint-style lint-types lint-imports lint-protos bench gpu base protos dev clean
 
 demo: $(VENV)/.run
 	$(BIN)/peftmux demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+kernels: $(VENV)/.dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/triton
+	$(BIN)/python -m peftmux.kernels.compile
 
 lint: lint-style lint-types lint-imports lint-protos
 
