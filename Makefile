@@ -11,6 +11,7 @@
 #                          made, so remove .venv to change torch's build
 # PYTEST_ARGS="-k name"    passed to pytest by `make test`
 # GPU_PYTHON=PATH          the interpreter of `make gpu` (nothing is installed into it)
+# GPU_ARGS="--budget 300"   passed to benchmarks/gpu.py: --dry, --opponent NAME=PATH, ...
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -19,6 +20,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 GPU_RESULTS ?= benchmarks/results
+GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -62,7 +64,7 @@ base: $(VENV)/.run
 	$(BIN)/python -m peftmux.demo.make_base --out runtime/peftmux/demo/base
 
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS)
+	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) $(GPU_ARGS)
 
 protos: $(VENV)/.protos
 	$(VENV)/protos/bin/python protos/generate.py
