@@ -28,8 +28,6 @@ CONNECTION = {
 ASKS = CONNECTION | {"--adapter", "--adapter-task", "--json"}
 SERVE = {
     "--config",
-    "--watch-adapters",
-    "--watch-seconds",
     "--adapters",
     "--adapter",
     "--lora-modules",

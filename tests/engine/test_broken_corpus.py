@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.runtime.engine.local import LocalEngine
+from tests.adapters.test_ladder_refusals import LADDER, save_ladder
 from tests.adapters.test_refusals import LORA, PREFIX
 from tests.adapters.test_vocabulary_refusals import ALL
 from tests.engine.harness import FIXTURES, ask, check_quiet, load, request, running
@@ -83,14 +84,16 @@ DAMAGES: dict[str, Damage] = {
 
 def corpus(root: Path) -> Iterator[str]:
     """Names of broken folders below `root`."""
-    made: list[tuple[str, str, Damage]] = [
-        (name, damage, DAMAGES[damage]) for name in GENERATES if "/llama/" in name for damage in DAMAGES
-    ]
-    known: dict[str, dict[str, Any]] = {"lora": dict(LORA), "prefix": dict(PREFIX), **ALL}
-    made += [(f"peft/llama/{name}", case, cases[case][2]) for name, cases in known.items() for case in cases]
-    for index, (source, _, damage) in enumerate(made):
+    folders = {name: FIXTURES / name for name in GENERATES if "/llama/" in name}
+    folders["ladder"] = save_ladder(root / "ladder")
+    made = [(folder, DAMAGES[damage]) for folder in folders.values() for damage in DAMAGES]
+    known: dict[Path, dict[str, Any]] = {FIXTURES / "peft/llama" / name: cases for name, cases in ALL.items()}
+    known |= {FIXTURES / "peft/llama/lora": dict(LORA), FIXTURES / "peft/llama/prefix": dict(PREFIX)}
+    known[folders["ladder"]] = dict(LADDER)
+    made += [(folder, cases[case][2]) for folder, cases in known.items() for case in cases]
+    for index, (source, damage) in enumerate(made):
         folder = root / f"broken-{index}"
-        shutil.copytree(FIXTURES / source, folder)
+        shutil.copytree(source, folder)
         damage(folder)
         yield folder.name
 

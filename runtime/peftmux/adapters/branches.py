@@ -21,7 +21,7 @@ _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 @torch.no_grad()
 def residual_branches(model: nn.Module) -> dict[str, ResidualBranch]:
     """By module path. `model` is as transformers loads it, in evaluation mode or not."""
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if not layers:
         return {}
     calls = _Calls({f"{path}.{name}": child for path, layer in layers for name, child in layer.named_children()})
@@ -94,7 +94,7 @@ class _Calls:
             hook.remove()
 
 
-def _decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
+def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
     """(path, module) of the blocks: the first list of as many modules as the model has layers."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     for path, module in model.named_modules():

@@ -12,6 +12,7 @@ from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
 from peftmux.kernels.head import Head
 from peftmux.kernels.inputs import InputScale
+from peftmux.kernels.ladder import Ladder
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.kernels.mixture import MixturePart
 from peftmux.kernels.norms import NormPart
@@ -24,6 +25,7 @@ from peftmux.kernels.vision import VisionPart
 __all__ = [
     "FIRST_PASS",
     "IMAGES",
+    "LADDER",
     "VIRTUAL_TOKENS",
     "Bottleneck",
     "ClassifierPart",
@@ -33,6 +35,7 @@ __all__ = [
     "Head",
     "InputScale",
     "KVPrefix",
+    "Ladder",
     "LinearPart",
     "LoweredAdapter",
     "MixturePart",
@@ -53,6 +56,8 @@ FIRST_PASS = "(first pass)"
 """The place of a ClassifierPart."""
 IMAGES = "(images)"
 """The place of a VisionPart."""
+LADDER = "(ladder)"
+"""The place of a Ladder."""
 VIRTUAL_TOKENS = "(virtual tokens)"
 """The place of VirtualRows."""
 
@@ -80,6 +85,7 @@ Part = (
     | VisionPart
     | Bottleneck
     | Fusion
+    | Ladder
 )
 """What can sit at a named place of the base, beside the low-rank family's `LinearPart`."""
 

@@ -16,6 +16,7 @@ from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.experts import parameter_names, parameter_sites
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_layers, norm_site
+from peftmux.adapters.stream import stream_layers
 
 
 class TorchBase:
@@ -58,6 +59,10 @@ class TorchBase:
     @cached_property
     def branches(self) -> Mapping[str, ResidualBranch]:
         return residual_branches(self.module)
+
+    @cached_property
+    def stream_layers(self) -> Sequence[str]:
+        return stream_layers(self.module) if self.state_width else ()
 
     @cached_property
     def norm_sites(self) -> Mapping[str, NormLayer]:

@@ -141,6 +141,7 @@ def _describe(adapter: LoweredAdapter, dtype: torch.dtype) -> dict[str, Any]:
         "lowers_to": [f"{count} {part}" for part, count in sorted(needed.parts.items())],
         "bytes": needed.size,
         "flops_per_token": needed.flops,
+        "cache_bytes_per_token": needed.cache,
         "revision": adapter.digest,
         "min_rank": low,
         "max_rank": high,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftmux.kernels.bottleneck.reference import Bottleneck, Fusion, apply_bottleneck, apply_fusion
 from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.tree import mapped, tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +37,8 @@ class BranchSite:
 
     def prepare(self, part: Bottleneck | Fusion) -> PreparedBranch:
         """ValueError for values that are not finite in the base's dtype."""
-        placed = _mapped(part, self._place)
-        return PreparedBranch(placed, _bytes(placed))
+        placed = mapped(part, self._place)
+        return PreparedBranch(placed, sum(tensor.nbytes for tensor in tensors(placed)))
 
     def _place(self, tensor: Tensor) -> Tensor:
         placed = tensor.to(self._device, self._dtype).contiguous()
@@ -63,23 +62,3 @@ class BranchSite:
                 y[start:end] = apply_bottleneck(y[start:end], h[start:end], part)
             elif part is not None:
                 y[start:end] = apply_fusion(y[start:end], h[start:end], part)
-
-
-def _mapped(part: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same part with every tensor changed."""
-    values = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Tensor):
-            value = change(value)
-        elif isinstance(value, tuple):
-            value = tuple(None if item is None else _mapped(item, change) for item in value)
-        values[field.name] = value
-    return type(part)(**values)
-
-
-def _bytes(part: Any) -> int:
-    values = [getattr(part, field.name) for field in dataclasses.fields(part)]
-    own = sum(value.nbytes for value in values if isinstance(value, Tensor))
-    inner = [item for value in values if isinstance(value, tuple) for item in value if item is not None]
-    return own + sum(map(_bytes, inner))

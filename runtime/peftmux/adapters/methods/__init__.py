@@ -9,6 +9,7 @@ from peftmux.adapters.methods import (
     diffpruning,
     head,
     ia3,
+    ladder,
     ln_tuning,
     loha,
     lokr,
@@ -54,6 +55,7 @@ METHODS: dict[str, Method] = {
         p_tuning_template.METHOD,
         prompt.METHOD,
         vora.METHOD,
+        ladder.METHOD,
         xlora.METHOD,
         head.METHOD,
     )

@@ -22,8 +22,6 @@ class EngineObserver(Protocol):
 
     def adapter_loaded(self, seconds: float) -> None: ...
 
-    def adapter_refused(self) -> None: ...
-
 
 class NullObserver:
     """Reports to nobody."""
@@ -44,7 +42,4 @@ class NullObserver:
         pass
 
     def adapter_loaded(self, seconds: float) -> None:
-        pass
-
-    def adapter_refused(self) -> None:
         pass

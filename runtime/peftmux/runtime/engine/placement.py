@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from peftmux.runtime.engine.images import ImageRule
 from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import block_bytes
+from peftmux.runtime.model.ladders import SideCache
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.runner import Runner
 from peftmux.runtime.model.sites import Site, SiteGroup
@@ -37,6 +39,8 @@ class PreparedAdapter:
     """Bytes on the device."""
     virtual: Tensor | None = None
     """[prompts, n, D] in the model's dtype on the CPU: what `DevicePlacement.chunks` computes."""
+    caches: tuple[SideCache, ...] = ()
+    """What it shares with other adapters, beside `size`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +66,8 @@ class Placed:
     """Of an adapter that takes images."""
     template: tuple[TokenGroup, ...] = ()
     """Virtual tokens among a request's own."""
+    caches: tuple[SideCache, ...] = ()
+    """What it shares with other adapters, beside `size`."""
     obstacle: str = ""
     """Why it cannot be a term of a weighted sum; "" where it can."""
 
@@ -104,7 +110,8 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
     if prefix is not None:
         count = 1 if virtual is None else len(virtual)
         size += count * -(-prefix.length // block_size) * block_bytes(model.kv_shapes, block_size, model.dtype)
-    return PreparedAdapter(lowered, sites, _salt(model, lowered), size, virtual)
+    caches = tuple(prepared.cache for site, prepared in sites if site is model.ladders)
+    return PreparedAdapter(lowered, sites, _salt(model, lowered, caches), size, virtual, caches)
 
 
 def _prepare_virtual(model: LoadedModel, lowered: LoweredAdapter) -> Tensor | None:
@@ -139,11 +146,15 @@ def _by_group(model: LoadedModel, lowered: LoweredAdapter) -> dict[SiteGroup, li
     return groups
 
 
-def _salt(model: LoadedModel, lowered: LoweredAdapter) -> bytes:
-    """An adapter of the output projection alone shares the base model's keys and values."""
+def _salt(model: LoadedModel, lowered: LoweredAdapter, caches: Sequence[SideCache]) -> bytes:
+    """An adapter of the output projection alone shares the base model's keys and values.
+
+    A side network's keys and values end with their cache, whose name is part of the salt.
+    """
     parts = lowered.parts
     touches = bool(parts.places - {model.head}) or parts.prefix is not None or parts.virtual is not None
-    return bytes.fromhex(lowered.digest) if touches else b""
+    names = b"".join(cache.name for cache in caches)
+    return bytes.fromhex(lowered.digest) + names if touches else b""
 
 
 def _image_rule(lowered: LoweredAdapter) -> ImageRule | None:
@@ -163,16 +174,19 @@ class DevicePlacement:
         self._free: list[int] = []
         self._next = 1
         self.bytes = 0
-        """Held by adapters now."""
+        """Held by adapters now, with the caches they share."""
+        self._caches: Counter[SideCache] = Counter()
+        """How many placed adapters hold each."""
 
     def place(self, name: str, adapter: PreparedAdapter) -> Placed:
         """All or nothing. AdapterMemoryExhausted where the budget or the KV cache has no room for it.
 
         Rows may use it when the last of `chunks` is computed.
         """
-        if self._budget is not None and self.bytes + adapter.size > self._budget:
+        needed = adapter.size + sum(cache.nbytes for cache in adapter.caches if not self._caches[cache])
+        if self._budget is not None and self.bytes + needed > self._budget:
             raise AdapterMemoryExhausted(
-                f"adapter {name!r} needs {adapter.size} bytes: expected at most {self._budget - self.bytes} of the "
+                f"adapter {name!r} needs {needed} bytes: expected at most {self._budget - self.bytes} of the "
                 f"adapter memory's {self._budget}, the rest is held by other adapters"
             )
         parts = adapter.lowered.parts
@@ -186,7 +200,8 @@ class DevicePlacement:
         self._next = max(self._next, slot + 1)
         for site, prepared in adapter.sites:
             site.put(slot, prepared)
-        self.bytes += adapter.size
+        self.bytes += needed
+        self._caches.update(adapter.caches)
         return Placed(
             slot=slot,
             prefixes=prefixes,
@@ -200,6 +215,7 @@ class DevicePlacement:
             tasks=parts.virtual.tasks if parts.virtual else 0,
             images=_image_rule(adapter.lowered),
             template=parts.template,
+            caches=adapter.caches,
             obstacle=obstacle(adapter.lowered),
         )
 
@@ -235,4 +251,5 @@ class DevicePlacement:
         for prefix in placed.prefixes:
             self._scheduler.free_prefix(prefix)
         self._free.append(placed.slot)
-        self.bytes -= placed.size
+        self._caches -= Counter(placed.caches)
+        self.bytes -= placed.size + sum(cache.nbytes for cache in placed.caches if cache not in self._caches)

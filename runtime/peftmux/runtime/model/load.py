@@ -59,6 +59,7 @@ def fit_model(
     )
     swapper.run()
     swapper.swap_branches(anatomy.branches)
+    swapper.watch_stream(anatomy.stream_layers)
     module.set_attn_implementation(IMPLEMENTATION)
     model = LoadedModel(module, tokenizer, name, discovery.layers, anatomy, swapper, step, context_length)
     verify(model, expected)

@@ -15,6 +15,7 @@ from peftmux.adapters.base import FeedForwardSite, KVShape, LinearSite, NormLaye
 from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.experts import parameter_names
 from peftmux.adapters.parts import VIRTUAL_TOKENS, VirtualRows
+from peftmux.adapters.stream import stream_layers
 from peftmux.kernels.head import HeadSite
 from peftmux.runtime.model.discover import AttentionLayer
 from peftmux.runtime.model.first_pass import shows_its_hidden_state
@@ -38,6 +39,7 @@ class Anatomy:
     tied: bool
     """The head's weight is the input embedding's."""
     branches: Mapping[str, ResidualBranch]
+    stream_layers: tuple[str, ...]
     shows_hidden_state: bool
     """The decoder's output is the last hidden state."""
 
@@ -54,6 +56,7 @@ class Anatomy:
             head=paths[id(head)] if plain_head else None,
             tied=plain_table and plain_head and head.weight is table.weight,
             branches=residual_branches(module),
+            stream_layers=stream_layers(module),
             shows_hidden_state=shows_its_hidden_state(module),
         )
 
@@ -90,6 +93,7 @@ class LoadedModel:
         self.first_pass = swapped.first_pass
         self.vision = swapped.vision
         self.virtual = swapped.virtual
+        self.ladders = swapped.ladders
         self.step = step
         self.context_length = context_length
         self.heads = HeadSite(module.device)
@@ -159,6 +163,10 @@ class LoadedModel:
     @property
     def state_width(self) -> int:
         return self._tap.width
+
+    @property
+    def stream_layers(self) -> Sequence[str]:
+        return self.anatomy.stream_layers if self.state_width else ()
 
     @cached_property
     def linear_sites(self) -> Mapping[str, LinearSite]:

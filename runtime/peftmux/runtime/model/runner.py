@@ -14,7 +14,7 @@ from peftmux.runtime.model.images import attention_rows, image_vectors
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sampler import prompt_logprobs, sample
 from peftmux.runtime.model.states import read_out
-from peftmux.runtime.model.step import StepInputs, index_tensor
+from peftmux.runtime.model.step import SlotRows, StepInputs, index_tensor
 from peftmux.runtime.model.virtual import joined, virtual_vectors
 from peftmux.runtime.params import State, TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan, RowResult, StepPlan, StepResult
@@ -31,6 +31,7 @@ class Runner:
         self.cache.attach()
         self._first_pass = model.first_pass
         self._first_pass.bind(lambda: PagedCache(model, num_blocks, block_size))
+        model.ladders.bind(num_blocks, block_size)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -89,6 +90,9 @@ class Runner:
             vectors = virtual_vectors(rows, self.model.virtual)
         if any(row.images for row in rows):
             vectors = joined(vectors, image_vectors(rows, self.model.vision))
+        ladders: Mapping[int, SlotRows] = {}
+        if not self.model.ladders.empty:
+            ladders = self.model.ladders.rows(rows, positions, cache_slots)
         if vectors is not None:
             ids = [max(token, 0) for token in ids]
         return StepInputs(
@@ -101,6 +105,7 @@ class Runner:
             kept=Segments.build(kept.slots, kept.lens, device),
             states=index_tensor(read, device) if read else None,
             vectors=vectors,
+            ladders=ladders,
         )
 
 

@@ -22,10 +22,8 @@ class StateTap:
         self.width = 0
         """Of a state; 0 before the first forward, and where no module gives them."""
         self._states: Tensor | None = None
-        under = module.base_model
-        for decoder in (getattr(under, "decoder", None), under):  # some causal models call the inner one (OPT)
-            if isinstance(decoder, nn.Module) and decoder is not module:
-                decoder.register_forward_hook(self._catch)
+        for decoder in decoders(module):
+            decoder.register_forward_hook(self._catch)
 
     def _catch(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         states: Tensor = output[0]
@@ -39,6 +37,13 @@ class StateTap:
         assert states is not None, "no forward that keeps its states has run since the last call"
         self._states = None
         return states.view(-1, states.shape[-1]).index_select(0, keep)
+
+
+def decoders(module: Any) -> list[nn.Module]:
+    """The modules of a causal model that may give it the final hidden states; some call an inner one (OPT)."""
+    under = module.base_model
+    found = (getattr(under, "decoder", None), under)
+    return [one for one in found if isinstance(one, nn.Module) and one is not module]
 
 
 def read_out(states: Tensor, rows: Sequence[RowPlan], heads: HeadSite) -> dict[int, tuple[State, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor
 from peftmux.kernels.attention import AttentionRows
 from peftmux.kernels.lowrank import Segments
 from peftmux.kernels.routed import Shares
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotRows:
+    """The rows of one adapter in a step, as a flat batch of their own."""
+
+    tokens: Tensor
+    """[N] int64: which of the step's T tokens."""
+    positions: Tensor
+    """[N] int64, position ids."""
+    slots: Tensor
+    """[N] int64, in the flattened cache."""
+    rows: AttentionRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +49,8 @@ class StepInputs:
     """Of the slots whose experts are weighed by what a first pass has seen."""
     vectors: tuple[Tensor, Tensor] | None = None
     """Tokens that are vectors: ([n] int64, which of the T; [n, D], what stands for their embeddings)."""
+    ladders: Mapping[int, SlotRows] = field(default_factory=dict)
+    """By slot, of adapters with a side network."""
 
 
 class StepState:

@@ -16,12 +16,13 @@ from peftmux.adapters.base import FeedForwardSite, LinearSite, NormLayer, Parame
 from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_site
-from peftmux.adapters.parts import FIRST_PASS, IMAGES, VIRTUAL_TOKENS, ClassifierPart, VirtualRows, VisionPart
+from peftmux.adapters.parts import FIRST_PASS, IMAGES, LADDER, VIRTUAL_TOKENS, ClassifierPart, VirtualRows, VisionPart
 from peftmux.kernels.bottleneck import Bottleneck, Fusion
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart
 from peftmux.kernels.experts import ExpertsPart, RouterPart
+from peftmux.kernels.ladder import Ladder
 from peftmux.kernels.mixture import MixturePart
 from peftmux.kernels.norms import NormPart
 from peftmux.kernels.routed import RoutedPart
@@ -31,6 +32,7 @@ from peftmux.runtime.model.branches import BranchForward
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.first_pass import FirstPass
+from peftmux.runtime.model.ladders import Ladders
 from peftmux.runtime.model.mixtures import MixedForward, Mixtures
 from peftmux.runtime.model.rotary import swap_rotary
 from peftmux.runtime.model.sites import (
@@ -77,6 +79,7 @@ class Swapper:
         self.places[VisionPart, IMAGES] = self.vision
         self.parameter_sites: dict[str, ParameterSite] = {}
         self.feed_forwards: dict[str, FeedForwardSite] = {}
+        self.ladders: Ladders
 
     def run(self) -> None:
         swap_rotary(self._model, self._fast)
@@ -99,6 +102,11 @@ class Swapper:
             forward = BranchForward(module, self._model.get_submodule(branch.norm), self._step)
             module.forward = forward
             self.places[Bottleneck, name] = self.places[Fusion, name] = forward.site
+
+    def watch_stream(self, layers: Sequence[str]) -> None:
+        """Let side networks read what these layers give."""
+        self.ladders = Ladders(self._model, layers, self._step)
+        self.places[Ladder, LADDER] = self.ladders
 
     def _norm(self, name: str, norm: nn.Module) -> nn.Module:
         fast = FastRMSNorm(norm, self._fast) if is_rms_norm(norm) else norm
