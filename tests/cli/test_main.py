@@ -141,7 +141,7 @@ def test_flags_of_adapters_are_frozen():
     parser, settings = adapters.build_parser()
     actions = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert isinstance(actions, dict)
-    assert list(actions) == list(settings) == ["load", "unload", "list", "get", "convert", "inspect"]
+    assert list(actions) == list(settings) == ["load", "unload", "list", "get", "convert", "inspect", "merge"]
     assert {name: flags(action) - CONNECTION - {"--json"} for name, action in actions.items()} == {
         "load": {"--revision", "--pinned", "--replace", "--wait", "--no-wait"},
         "unload": {"--wait", "--no-wait"},
@@ -149,6 +149,7 @@ def test_flags_of_adapters_are_frozen():
         "get": set(),
         "convert": {"--out"},
         "inspect": {"--model"},
+        "merge": {"--model", "--out", "--dtype"},
     }
 
 
@@ -197,6 +198,7 @@ def test_help_is_complete(command, capsys):
         (["adapters"], "ACTION"),
         (["adapters", "load", "x"], "SOURCE"),
         (["adapters", "inspect", "x"], "expected --model MODEL, got none"),
+        (["adapters", "merge", "x", "--model", "m"], "expected --out DIR, got none"),
     ],
 )
 def test_bad_usage_is_status_2(argv, message, capsys):

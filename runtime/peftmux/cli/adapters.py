@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftmux.cli.connection import add_connection, connected
 from peftmux.cli.errors import CommandError
 from peftmux.cli.settings import Settings
+from peftmux.cli.values import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from peftmux.adapters.parts import LoweredAdapter
     from peftmux.client import Adapter
 
-_OFFLINE = ("convert", "inspect")
+_OFFLINE = ("convert", "inspect", "merge")
 _COLUMNS = ("name", "kind", "state", "residency", "rank", "bytes", "in flight", "revision", "source")
 
 
@@ -28,9 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser, settings = build_parser()
     args = parser.parse_args(argv)
     settings[args.action].resolve(args, os.environ)
-    if args.action == "inspect" and args.model is None:
+    if getattr(args, "model", "") is None:
         parser.error("expected --model MODEL, got none")
-    if args.action == "convert" and args.out is None:
+    if getattr(args, "out", "") is None:
         parser.error("expected --out DIR, got none")
     _ACTIONS[args.action](args)
     return 0
@@ -54,7 +55,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, Settings]]:
     for name in ("load", "unload"):
         settings[name].add("--wait", action=argparse.BooleanOptionalAction, default=True, help="return when it is done")
     settings["convert"].add("--out", metavar="DIR", help="a new folder for the converted adapter")
-    settings["inspect"].add("--model", metavar="MODEL", help="the base model, a folder or a hub id")
+    settings["merge"].add("--out", metavar="DIR", help="a new folder for the merged checkpoint")
+    settings["merge"].add("--dtype", choices=DTYPES, default="auto", help="of its weights; auto is the base's own")
+    for name in ("inspect", "merge"):
+        settings[name].add("--model", metavar="MODEL", help="the base model, a folder or a hub id")
     for name, options in settings.items():
         options.add("--json", action="store_true", default=False, help="print JSON")
         if name not in _OFFLINE:
@@ -108,6 +112,18 @@ def _convert(args: argparse.Namespace) -> None:
     except AdapterError as error:
         raise CommandError(str(error)) from error
     fields = {"folder": args.out, "revision": digest}
+    print(_json(fields) if args.json else _lines(fields))
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from peftmux.adapters.errors import AdapterError
+    from peftmux.adapters.merged import merge_checkpoint
+
+    try:
+        adapter = merge_checkpoint(args.path, args.model, args.out, args.dtype)
+    except (AdapterError, OSError, ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    fields = {"folder": args.out, "kind": adapter.kind, "revision": adapter.digest, "sites": adapter.applied_sites}
     print(_json(fields) if args.json else _lines(fields))
 
 
@@ -201,6 +217,7 @@ _TEXTS = {
     "get": "all there is to know of one adapter",
     "convert": "turn a folder's adapter_model.bin, a pickle, into safetensors, offline; only for sources you trust",
     "inspect": "check a folder against a base model, offline, exactly as a server would",
+    "merge": "write the base model with an adapter merged into its weights, offline, as transformers loads it",
 }
 _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "load": _load,
@@ -209,4 +226,5 @@ _ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "get": _get,
     "convert": _convert,
     "inspect": _inspect,
+    "merge": _merge,
 }

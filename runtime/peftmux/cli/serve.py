@@ -27,8 +27,6 @@ logger = logging.getLogger("peftmux.serve")
 _LAST_SECONDS = 1.9
 """After the grace, for the last statuses to go out; a hung process is ended then."""
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def main(argv: Sequence[str]) -> int:
     """Serve until SIGTERM or SIGINT, then end the process with status 0; returns (or raises) only before that."""
@@ -134,7 +132,9 @@ def _add_addresses(settings: Settings) -> None:
 
 def _add_engine(settings: Settings) -> None:
     settings.add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
-    settings.add("--dtype", choices=DTYPES, default="auto", help="type of weights and cache; auto is the model's own")
+    settings.add(
+        "--dtype", choices=values.DTYPES, default="auto", help="type of weights and cache; auto is the model's own"
+    )
     settings.add("--max-batch-tokens", metavar="N", type=values.positive, help="tokens of one step, all rows together")
     settings.add("--max-rows", metavar="N", type=values.positive, default=256, help="requests in a batch")
     settings.add("--max-queued-requests", metavar="N", type=values.positive, default=256, help="requests that may wait")
