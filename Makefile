@@ -2,6 +2,7 @@
 #
 #   make demo     train three adapters, serve them in one batch, show the answers side by side
 #   make test     the test suite                        make lint     format, lint, types, import contracts, protos
+#   make kernels  the Triton kernels without a GPU: in its interpreter, and compiled for sm_80, sm_90 and sm_100
 #   make bench    the benchmark (BENCH_ARGS="...")      make gpu      GPU tests and benchmark, with the machine's python
 #   make base     train the embedded base model anew    make protos   regenerate protos/peftmux/v1
 #
@@ -10,6 +11,7 @@
 #                          made, so remove .venv to change torch's build
 # PYTEST_ARGS="-k name"    passed to pytest by `make test`
 # GPU_PYTHON=PATH          the interpreter of `make gpu` (nothing is installed into it)
+# GPU_ARGS="--budget 300"   passed to benchmarks/gpu.py: --dry, --opponent NAME=PATH, ...
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -18,6 +20,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 GPU_RESULTS ?= benchmarks/results
+GPU_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,13 +30,17 @@ INSTALL := -m pip --disable-pip-version-check install --no-compile
 TORCH_QUIET := $(shell test -t 2 || echo -qq)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint lint-style lint-types lint-imports lint-protos bench gpu base protos dev clean
+.PHONY: demo test kernels lint lint-style lint-types lint-imports lint-protos bench gpu base protos dev clean
 
 demo: $(VENV)/.run
 	$(BIN)/peftmux demo
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+kernels: $(VENV)/.dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/triton
+	$(BIN)/python -m peftmux.kernels.compile
 
 lint: lint-style lint-types lint-imports lint-protos
 
@@ -57,7 +64,7 @@ base: $(VENV)/.run
 	$(BIN)/python -m peftmux.demo.make_base --out runtime/peftmux/demo/base
 
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS)
+	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) $(GPU_ARGS)
 
 protos: $(VENV)/.protos
 	$(VENV)/protos/bin/python protos/generate.py

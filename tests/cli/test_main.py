@@ -28,6 +28,8 @@ CONNECTION = {
 ASKS = CONNECTION | {"--adapter", "--adapter-task", "--json"}
 SERVE = {
     "--config",
+    "--watch-adapters",
+    "--watch-seconds",
     "--adapters",
     "--adapter",
     "--lora-modules",

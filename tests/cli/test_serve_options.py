@@ -25,11 +25,12 @@ def test_the_defaults_are_the_engines_and_the_servers():
 def test_engine_options_arrive(tmp_path):
     argv = f"""--adapters {tmp_path} --adapter a=x --adapter b=y --lora-modules c=z d=w --device cpu --dtype bfloat16
         --max-batch-tokens 64 --max-rows 8 --max-queued-requests 9 --kv-cache-memory 1GiB --adapter-memory 2MiB
-        --block-size 32 --no-prefix-caching --num-threads 2 --context-length 100"""
+        --block-size 32 --no-prefix-caching --watch-adapters --watch-seconds 0.5 --num-threads 2 --context-length 100"""
     assert serve.engine_config(args(*argv.split())) == EngineConfig(
         model="model",
         adapters_root=str(tmp_path),
         adapters=(("a", "x"), ("b", "y"), ("c", "z"), ("d", "w")),
+        watch_seconds=0.5,
         device="cpu",
         dtype="bfloat16",
         max_batch_tokens=64,
@@ -63,3 +64,12 @@ def test_a_tokens_file_without_tokens_is_said(tmp_path):
     empty.write_text("\n")
     with pytest.raises(CommandError, match="at least one token"):
         serve.server_config(args("--auth-tokens", str(empty)))
+
+
+def test_watching_needs_a_folder(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        serve.main(["model", "--watch-adapters"])
+    assert "expected --adapters DIR with --watch-adapters, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        args("--watch-seconds", "0")
+    assert "expected a number of seconds > 0, got '0'" in capsys.readouterr().err

@@ -63,32 +63,110 @@ def test_only_files_with_gpu_tests_are_collected(gpu, tmp_path):
 
 def test_settings_of_absent_plugins_do_not_stop_the_tests(gpu, suite):
     folder = suite("@pytest.mark.gpu\ndef test_one(): pass\ndef test_not_for_the_gpu(): assert False")
-    outcome = gpu.run_tests(folder, 60)
+    outcome = gpu.run_tests(folder, False, 60)
     assert outcome.status == "passed"
     assert outcome.counts == {"tests": 1, "failures": 0, "errors": 0, "skipped": 0}
 
 
 def test_failing_test_fails_the_run(gpu, suite):
-    outcome = gpu.run_tests(suite("@pytest.mark.gpu\ndef test_one(): assert False"), 60)
+    outcome = gpu.run_tests(suite("@pytest.mark.gpu\ndef test_one(): assert False"), False, 60)
     assert (outcome.status, outcome.counts["failures"]) == ("failed", 1)
 
 
 def test_all_skipped_is_no_pass(gpu, suite):
     folder = suite("@pytest.mark.gpu\n@pytest.mark.skip\ndef test_one(): pass")
-    outcome = gpu.run_tests(folder, 60)
+    outcome = gpu.run_tests(folder, False, 60)
     assert (outcome.status, outcome.note) == ("failed", "every test was skipped")
+    assert gpu.run_tests(folder, True, 60).status == "passed"
 
 
-def test_without_pytest_the_tests_are_not_run_and_that_is_an_error(gpu, suite, monkeypatch, capsys):
-    folder = suite("@pytest.mark.gpu\ndef test_one(): pass")
-    monkeypatch.setitem(gpu.TESTING, "no_such_plugin", "no-such-plugin")
-    monkeypatch.setattr(gpu, "device_name", lambda: "A Device (v1)")
-    monkeypatch.setattr(gpu, "run_benchmark", lambda *_: gpu.Outcome("passed", 1.0))
-    assert gpu.main(["--results", str(folder)]) == 2
-    assert "not installed: no-such-plugin" in capsys.readouterr().out
-    result = json.loads((folder / "a-device-v1" / "run.json").read_text())
-    assert (result["tests"]["status"], result["benchmark"]["status"]) == ("not run", "passed")
-    assert result["torch"] == torch.__version__
+PLAIN = """
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(False, reason="no")]
+
+@pytest.fixture(scope="module")
+def seen():
+    made = []
+    yield made
+    assert made == [1, 2]
+
+@pytest.fixture
+def twice(value):
+    return 2 * value
+
+@pytest.mark.parametrize("value", [1, pytest.param(2, id="two")])
+def test_one(value, twice, seen, tmp_path):
+    seen.append(value)
+    assert twice == 2 * value and tmp_path.is_dir()
+
+@pytest.mark.parametrize(("a", "b"), [(1, 1.0000001), (2, 2)])
+@pytest.mark.parametrize("c", [0])
+def test_close(a, b, c):
+    assert b == pytest.approx(a)
+    with pytest.raises(ZeroDivisionError, match="zero"):
+        a / c
+
+@pytest.mark.skipif(True, reason="never")
+def test_never():
+    raise AssertionError
+"""
+
+
+def test_without_pytest_the_tests_run_all_the_same(gpu, suite, monkeypatch):
+    found = gpu._found
+    monkeypatch.setattr(gpu, "_found", lambda module: module != "pytest" and found(module))
+    folder = suite(PLAIN)
+    monkeypatch.setattr(gpu, "ROOTS", (str(SCRIPT.parents[1]),))
+    outcome = gpu.run_tests(folder, False, 60)
+    assert (outcome.status, outcome.counts) == ("passed", {"tests": 5, "failures": 0, "errors": 0, "skipped": 1})
+
+
+def test_without_pytest_a_failing_test_fails_the_run(gpu, suite, monkeypatch):
+    monkeypatch.setattr(gpu, "_found", lambda module: module != "pytest")
+    folder = suite("@pytest.mark.gpu\ndef test_one(): assert False\ndef test_two(unknown): pass")
+    monkeypatch.setattr(gpu, "ROOTS", (str(SCRIPT.parents[1]),))
+    outcome = gpu.run_tests(folder, False, 60)
+    assert (outcome.status, outcome.counts["failures"]) == ("failed", 2)
+
+
+def test_the_budget_is_shared_out_and_what_is_left_goes_on(gpu):
+    given = {}
+
+    def part(name, weight):
+        def run(seconds):
+            given[name] = round(seconds)
+            return gpu.Outcome("passed")
+
+        return gpu.Part(name, weight, run)
+
+    gpu.run_parts([part("first", 3), part("second", 1), part("last", 2)], 60)
+    assert given == {"first": 30, "second": 20, "last": 60}
+    given.clear()
+    assert gpu.run_parts([part("first", 1)], 0)["first"].note == "cut by the budget"
+    assert given == {}
+
+
+def test_the_whole_flow_dry(gpu, tmp_path):
+    """Everything but the opponents' kernels, on the CPU; the parts that are not there yet say so."""
+    command = [sys.executable, str(SCRIPT), "--dry", "--budget", "200", "--results", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    run = json.loads((tmp_path / "dry-run" / "run.json").read_text())
+    assert run["tests"]["status"] == run["engine"]["status"] == "passed"
+    assert run["tests"]["counts"]["errors"] == 0
+    engine = json.loads((tmp_path / "dry-run" / "engine.json").read_text())
+    mixed = next(value for name, value in engine["results"].items() if "bottleneck" in name)
+    assert mixed["ms_step"] > 0
+    summary = (tmp_path / "dry-run" / "summary.md").read_text()
+    assert "| engine | passed |" in summary
+    assert "| decode 4 rows, 4 x lora |" in summary
+
+
+def test_opponents_reach_the_benchmarks(gpu, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "run", lambda command, seconds: seen.append(command) or gpu.Outcome("failed"))
+    options = gpu.parse(["--opponent", "one=a/b", "--opponent", "two=c"])
+    gpu.run_script("engine", tmp_path, options, 10)
+    assert seen[0][-4:] == ["--opponent", "one=a/b", "--opponent", "two=c"]
 
 
 def test_too_slow_is_stopped_with_its_children(gpu, tmp_path):
@@ -104,7 +182,14 @@ def test_too_slow_is_stopped_with_its_children(gpu, tmp_path):
 def test_benchmark_without_figures_is_a_failure(gpu, tmp_path, monkeypatch):
     (tmp_path / "bench.json").write_text("{}")
     monkeypatch.setattr(gpu, "run", lambda *_: gpu.Outcome("passed", 1.0))
-    assert gpu.run_benchmark(tmp_path, 60, []).status == "failed"
+    assert gpu.run_serving(tmp_path, gpu.parse([]), 60).status == "failed"
+
+
+def test_serving_benchmark_is_left_out_where_grpc_is_not_complete(gpu, tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu.SERVING, "no_such_module", "no-such-distribution")
+    outcome = gpu.run_serving(tmp_path, gpu.parse([]), 60)
+    assert (outcome.status, outcome.bad) == ("not run", False)
+    assert "no-such-distribution" in outcome.note
 
 
 @pytest.mark.parametrize(("name", "expected"), [("NVIDIA H200", "nvidia-h200"), ("Tesla T4 (16GB)", "tesla-t4-16gb")])

@@ -28,6 +28,7 @@ NAMES = {
     "peftmux_e2e_request_latency_seconds": "histogram",
     "peftmux_queue_time_seconds": "histogram",
     "peftmux_request_success_total": "counter",
+    "peftmux_adapter_load_failures_total": "counter",
     "peftmux_adapter_load_seconds": "histogram",
     "peftmux_adapter_loaded": "gauge",
     "peftmux_adapter_tokens_total": "counter",
@@ -77,6 +78,7 @@ async def test_the_engines_reports_are_counted():
     observer.finished("stop", 1.5, "a", 10, 5)
     observer.finished("length", 2.5, "", 7, 3)
     observer.adapter_loaded(0.3)
+    observer.adapter_refused()
     value = metrics.registry.get_sample_value
     assert value("peftmux_step_seconds_sum") == 0.004
     assert value("peftmux_batch_tokens_bucket", {"le": "32.0"}) == 0
@@ -90,6 +92,7 @@ async def test_the_engines_reports_are_counted():
     assert value("peftmux_request_success_total", {"finished_reason": "stop"}) == 1
     assert value("peftmux_request_success_total", {"finished_reason": "length"}) == 1
     assert value("peftmux_adapter_load_seconds_sum") == 0.3
+    assert value("peftmux_adapter_load_failures_total") == 1
     assert metrics.engine.adapter_tokens.samples() == [("a", "prompt", 10), ("a", "generation", 5)]
 
 

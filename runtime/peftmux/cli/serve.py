@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse(parser, settings, argv, os.environ)
     if args.model is None:
         parser.error("expected MODEL (a folder or a hub id), got none")
+    if args.watch_adapters and args.adapters is None:
+        parser.error("expected --adapters DIR with --watch-adapters, got none")
     if (args.tls_cert_path is None) != (args.tls_key_path is None):
         parser.error("expected --tls-cert-path and --tls-key-path together, got one of them")
     if args.tls_client_ca_cert_path is not None and args.tls_cert_path is None:
@@ -74,6 +76,15 @@ def build_parser() -> tuple[argparse.ArgumentParser, Settings]:
 def _add_adapters(settings: Settings) -> None:
     settings.add(
         "--adapters", metavar="DIR", type=values.folder, help="the adapter root: LoadAdapter takes paths under it"
+    )
+    settings.add(
+        "--watch-adapters",
+        action="store_true",
+        default=False,
+        help="load what appears in the adapter root, replace what changes, unload what goes",
+    )
+    settings.add(
+        "--watch-seconds", metavar="S", type=values.interval, default=1.0, help="between two looks at the adapter root"
     )
     settings.add(
         "--adapter",
@@ -156,6 +167,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         model=args.model,
         adapters_root=args.adapters,
+        watch_seconds=args.watch_seconds if args.watch_adapters else None,
         adapters=(*args.adapter, *args.lora_modules),
         device=args.device,
         dtype=args.dtype,

@@ -48,6 +48,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def interval(text: str) -> float:
+    """Seconds, more than none."""
+    if (value := seconds(text)) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds > 0, got {text!r}")
+    return value
+
+
 def address(text: str) -> str:
     """HOST:PORT, with [] around an IPv6 host; port 0 takes a free one."""
     host, colon, port = text.rpartition(":")

@@ -101,6 +101,20 @@ class AdapterManager:
         job = _Job(name, str(folder), folder, "", False, False)
         return await self._in_turn(name, lambda: self._load(job, keep_failure=False))
 
+    async def follow(self, name: str) -> AdapterInfo:
+        """Load or replace `name` from its folder in the adapter root; a failure stays visible. AdapterExists for a
+        name that was loaded from elsewhere."""
+        if not valid_name(name):
+            raise InvalidRequest("name", f"expected letters, digits, '.', '_', '-' and at most one '/', got {name!r}")
+        return await self._in_turn(name, lambda: self._follow(name))
+
+    async def unfollow(self, name: str) -> bool:
+        """Unload `name` if it came from its folder in the adapter root. AdapterNotFound."""
+        if self.store.get(name).source != name:
+            return False
+        await self._in_turn(name, lambda: self._unload(name, wait=False))
+        return True
+
     async def unload(self, name: str, wait: bool) -> AdapterInfo:
         return await self._in_turn(name, lambda: self._unload(name, wait))
 
@@ -179,6 +193,18 @@ class AdapterManager:
             if not turn.takers:
                 del self._turns[name]
 
+    async def _follow(self, name: str) -> AdapterInfo:
+        known = self.store.find(name)
+        if known is not None and known.source != name:
+            raise AdapterExists(f"adapter {name!r} is loaded from {known.source!r}: its folder is left alone")
+        entry = self.store.begin(name, name)
+        try:
+            folder = self._loader.resolve(name)
+        except AdapterError as error:
+            self._fail(entry, str(error), keep=True)
+            raise
+        return await self._load(_Job(name, name, folder, "", entry.pinned, True), keep_failure=True)
+
     async def _load(self, job: _Job, keep_failure: bool) -> AdapterInfo:
         entry = self.store.begin(job.name, job.source)
         started = time.monotonic()
@@ -186,11 +212,15 @@ class AdapterManager:
             prepared = await asyncio.wrap_future(self._loader.load(job.folder))
             return await self._publish(entry, job, prepared, started)
         except (AdapterError, RuntimeFailure) as error:
-            self.store.fail(entry, str(error), keep_failure)
+            self._fail(entry, str(error), keep_failure)
             raise
         except BaseException:
-            self.store.fail(entry, "internal error", keep_failure)
+            self._fail(entry, "internal error", keep_failure)
             raise
+
+    def _fail(self, entry: Entry[Placed], error: str, keep: bool) -> None:
+        self.store.fail(entry, error, keep)
+        self._observer.adapter_refused()
 
     async def _publish(self, entry: Entry[Placed], job: _Job, prepared: PreparedAdapter, started: float) -> AdapterInfo:
         lowered = prepared.lowered

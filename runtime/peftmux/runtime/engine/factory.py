@@ -46,6 +46,8 @@ class EngineConfig:
     adapters_root: str | None = None
     adapters: tuple[tuple[str, str], ...] = ()
     """(name, folder), loaded at start."""
+    watch_seconds: float | None = None
+    """Between two looks at the adapter root, whose folders are loaded as they appear; None loads only what is asked."""
     device: str = "auto"
     dtype: str = "auto"
     max_batch_tokens: int | None = None
@@ -80,6 +82,8 @@ async def start_engine(config: EngineConfig, observer: EngineObserver) -> LocalE
     try:
         for name, folder in config.adapters:
             await engine.load_at_start(name, folder)
+        if config.watch_seconds is not None:
+            await _follow(engine, config.adapters_root, config.watch_seconds)
     except BaseException:
         await engine.drain(0.0)
         raise
@@ -123,6 +127,15 @@ def build_engine(
     )
     thread.start()
     return engine
+
+
+async def _follow(engine: LocalEngine, root: str | None, seconds: float) -> None:
+    if root is None:
+        raise InvalidRequest("watch_seconds", "expected an adapter root to watch, got none")
+    try:
+        await engine.follow_root(root, seconds)
+    except OSError as error:
+        raise InvalidRequest("adapters_root", f"the adapter root cannot be read: {error}") from error
 
 
 def _device(name: str) -> torch.device:

@@ -25,6 +25,7 @@ from peftmux.runtime.engine.api import (
 )
 from peftmux.runtime.engine.checks import check_images, check_prompt, check_request, check_task
 from peftmux.runtime.engine.core import Deliveries, EngineCore, max_new_tokens
+from peftmux.runtime.engine.follow import Follower
 from peftmux.runtime.engine.images import decode_images, place_images
 from peftmux.runtime.engine.mailbox import Mailbox
 from peftmux.runtime.engine.placement import BASE, Placed
@@ -67,6 +68,7 @@ class LocalEngine:
         self._ids = itertools.count(1)
         self._open = 0
         self._draining = False
+        self._follower: Follower | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -190,6 +192,11 @@ class LocalEngine:
         """An adapter of the command line; the folder may lie outside the adapter root."""
         return await self._adapters.load_at_start(name, Path(folder))
 
+    async def follow_root(self, root: str, seconds: float) -> None:
+        """Load what the adapter root holds, then look every so many seconds for what appears, changes or goes."""
+        self._follower = Follower(self._adapters, root, seconds)
+        await self._follower.start()
+
     async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
         return await self._adapters.unload(name, wait)
 
@@ -222,6 +229,8 @@ class LocalEngine:
 
     async def drain(self, grace_seconds: float) -> None:
         self._draining = True
+        if self._follower is not None:
+            self._follower.close()
         self._adapters.leave()
         until = time.monotonic() + grace_seconds
         while self._open and time.monotonic() < until and self._thread.healthy:

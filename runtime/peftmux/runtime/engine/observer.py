@@ -22,6 +22,8 @@ class EngineObserver(Protocol):
 
     def adapter_loaded(self, seconds: float) -> None: ...
 
+    def adapter_refused(self) -> None: ...
+
 
 class NullObserver:
     """Reports to nobody."""
@@ -42,4 +44,7 @@ class NullObserver:
         pass
 
     def adapter_loaded(self, seconds: float) -> None:
+        pass
+
+    def adapter_refused(self) -> None:
         pass

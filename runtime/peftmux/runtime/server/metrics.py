@@ -67,6 +67,9 @@ class EngineMetrics:
         self._whole = _seconds("e2e_request_latency", "From arrival to the last token.", _LATENCY, registry)
         self._queue = _seconds("queue_time", "From arrival to the first step with the request.", _LATENCY, registry)
         self._load = _seconds("adapter_load", "From the call to a served adapter.", _LOAD, registry)
+        self._refused = Counter(
+            "peftmux_adapter_load_failures", "Loads that failed, watched folders included.", registry=registry
+        )
         self._step = _seconds("step", "One step of the engine.", _STEP, registry)
         self._batch = Histogram("peftmux_batch_tokens", "Tokens in a step.", buckets=_TOKENS, registry=registry)
 
@@ -94,6 +97,9 @@ class EngineMetrics:
 
     def adapter_loaded(self, seconds: float) -> None:
         self._load.observe(seconds)
+
+    def adapter_refused(self) -> None:
+        self._refused.inc()
 
 
 class RpcMetrics:
