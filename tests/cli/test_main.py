@@ -47,6 +47,7 @@ SERVE = {
     "--log-level",
     "--device",
     "--dtype",
+    "--quantization",
     "--max-batch-tokens",
     "--max-rows",
     "--max-queued-requests",

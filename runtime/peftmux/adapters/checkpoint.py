@@ -6,15 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from peftmux.adapters.quantised import quantisation_config
 
 
 class UnusableCheckpoint(ValueError):
     """Not a decoder-only causal LM whose every weight is in the checkpoint."""
 
 
-def load_checkpoint(name: str, **options: Any) -> PreTrainedModel:
-    """A causal LM from a folder or a hub id; `options` as `from_pretrained` takes them.
+def load_checkpoint(
+    name: str, *, device: torch.device | None = None, quantization: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """A causal LM from a folder or a hub id, on `device`; `options` as `from_pretrained` takes them.
+
+    quantization: one of QUANTISATIONS, to quantise a plain checkpoint while it is loaded.
 
     transformers fills weights that a checkpoint lacks with random numbers and goes on; here they are an error. Raises
     UnusableCheckpoint, or what transformers raises (OSError, ValueError, RuntimeError).
@@ -24,6 +31,13 @@ def load_checkpoint(name: str, **options: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise UnusableCheckpoint(f"expected a decoder-only causal LM, {name!r} is an encoder-decoder")
+    if quantization is not None:
+        dtype = options.get("dtype")
+        compute = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+        options["quantization_config"] = quantisation_config(quantization, compute)
+    quantised = bool(quantization or getattr(config, "quantization_config", None))
+    if quantised:  # quantised weights are made where they stay
+        options["device_map"] = {"": device or torch.device("cpu")}
     loading: Any = AutoModelForCausalLM.from_pretrained(
         name, config=config, trust_remote_code=False, output_loading_info=True, **options
     )
@@ -36,7 +50,7 @@ def load_checkpoint(name: str, **options: Any) -> PreTrainedModel:
             + ", ".join(missing[:4])
             + (", ..." if len(missing) > 4 else "")
         )
-    return model
+    return model if quantised or device is None else model.to(device)  # type: ignore[arg-type]
 
 
 def _looks_like_path(name: str) -> bool:

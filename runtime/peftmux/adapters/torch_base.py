@@ -16,6 +16,7 @@ from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.experts import parameter_names, parameter_sites
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_layers, norm_site
+from peftmux.adapters.quantised import dequantised, is_quantised
 from peftmux.adapters.stream import stream_layers
 
 
@@ -33,7 +34,7 @@ class TorchBase:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
     @property
     def hidden_size(self) -> int:
@@ -126,6 +127,9 @@ class TorchBase:
         return _probe_cache(self.module)
 
     def weight(self, site: str) -> Tensor:
+        layer = self.module.get_submodule(site)
+        if is_quantised(layer):
+            return dequantised(layer)
         weight = self.module.get_parameter(f"{site}.weight").detach()
         return weight.T if self.linear_sites[site].conv1d else weight
 

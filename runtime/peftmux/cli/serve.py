@@ -146,6 +146,12 @@ def _add_engine(settings: Settings) -> None:
     settings.add(
         "--dtype", choices=values.DTYPES, default="auto", help="type of weights and cache; auto is the model's own"
     )
+    settings.add(
+        "--quantization",
+        choices=values.QUANTISATIONS,
+        default=None,
+        help="quantise the base's linear layers while loading (bitsandbytes); checkpoints that are need no flag",
+    )
     settings.add("--max-batch-tokens", metavar="N", type=values.positive, help="tokens of one step, all rows together")
     settings.add("--max-rows", metavar="N", type=values.positive, default=256, help="requests in a batch")
     settings.add("--max-queued-requests", metavar="N", type=values.positive, default=256, help="requests that may wait")
@@ -171,6 +177,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         adapters=(*args.adapter, *args.lora_modules),
         device=args.device,
         dtype=args.dtype,
+        quantization=args.quantization,
         max_batch_tokens=args.max_batch_tokens,
         max_rows=args.max_rows,
         max_queued_requests=args.max_queued_requests,

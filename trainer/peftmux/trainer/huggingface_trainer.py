@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class AdapterTrainer(Trainer):
     def __init__(self, adapter: AttachedAdapter, run: Mapping[str, object], **kwargs: Any) -> None:
         self.adapter = adapter
         self.run = run
-        super().__init__(**kwargs)
+        with _known_to_have_adapters(kwargs["model"]):
+            super().__init__(**kwargs)
         self.add_callback(AdapterSteps(adapter))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
@@ -73,6 +75,16 @@ class AdapterTrainer(Trainer):
 
     def _restore(self, checkpoint: str) -> None:
         self.adapter.restore(load_file(Path(checkpoint) / CHECKPOINT_TENSORS))
+
+
+@contextmanager
+def _known_to_have_adapters(model: Any) -> Iterator[None]:
+    """transformers refuses to train a quantised model without adapters, and knows only PEFT's."""
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 class AdapterSteps(TrainerCallback):

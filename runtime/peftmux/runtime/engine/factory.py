@@ -50,6 +50,8 @@ class EngineConfig:
     """Between two looks at the adapter root, whose folders are loaded as they appear; None loads only what is asked."""
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
+    """nf4 or int8: quantise the base's linear layers while loading (bitsandbytes)."""
     max_batch_tokens: int | None = None
     """Tokens a step: 512 on the CPU, 2048 on a GPU."""
     max_rows: int = 256
@@ -75,7 +77,13 @@ async def start_engine(config: EngineConfig, observer: EngineObserver) -> LocalE
     loop = asyncio.get_running_loop()
 
     def build() -> LocalEngine:
-        model = load_model(config.model, device=device, dtype=dtype, context_length=config.context_length)
+        model = load_model(
+            config.model,
+            device=device,
+            dtype=dtype,
+            context_length=config.context_length,
+            quantization=config.quantization,
+        )
         return build_engine(model, config, observer, loop)
 
     engine = await asyncio.wrap_future(in_own_thread(build, "peftmux-start"))

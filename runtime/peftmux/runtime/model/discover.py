@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftmux.adapters.base import KVShape
 from peftmux.adapters.norms import norm_layers
+from peftmux.adapters.quantised import is_linear
 from peftmux.runtime.errors import UnsupportedModel
 
 _DISCOVERY = "peftmux_discovery"
@@ -125,7 +126,7 @@ class _LinearCalls:
         self._hooks = [
             module.register_forward_pre_hook(partial(self._note, name))
             for name, module in model.named_modules()
-            if type(module) in (nn.Linear, Conv1D)
+            if is_linear(module) or type(module) is Conv1D
         ]
 
     def _note(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

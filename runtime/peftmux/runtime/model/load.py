@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftmux.adapters.checkpoint import load_checkpoint
+from peftmux.adapters.quantised import by_weight_only
 from peftmux.kernels.dense import choose_dense
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.attention import IMPLEMENTATION
@@ -21,15 +22,24 @@ from peftmux.runtime.model.verify import reference_logits, verify
 
 
 def load_model(
-    name: str, *, device: torch.device, dtype: torch.dtype | None = None, context_length: int | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    context_length: int | None = None,
+    quantization: str | None = None,
 ) -> LoadedModel:
-    """From a folder or a hub id. dtype None is the checkpoint's own. Raises UnsupportedModel."""
+    """From a folder or a hub id. dtype None is the checkpoint's own; quantization: None, or one of QUANTISATIONS.
+
+    Raises UnsupportedModel.
+    """
     try:
-        module = load_checkpoint(name, dtype=dtype or "auto", attn_implementation="eager")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        module = load_checkpoint(
+            name, device=device, quantization=quantization, dtype=dtype or "auto", attn_implementation="eager"
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UnsupportedModel(f"cannot load the base model {name!r}: {error}") from error
-    placed: PreTrainedModel = module.to(device)  # type: ignore[arg-type]
-    return fit_model(placed, _tokenizer(name), name, context_length)
+    return fit_model(module, _tokenizer(name), name, context_length)
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
@@ -48,6 +58,7 @@ def fit_model(
 ) -> LoadedModel:
     """Take over a module that runs with eager attention: swap its layers and prove that it computes the same."""
     module.eval().requires_grad_(False)
+    by_weight_only(module)
     discovery = discover(module)
     context_length = context_length or _context_length(module)
     pin_frequencies(module, context_length)

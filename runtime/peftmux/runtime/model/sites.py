@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peftmux.adapters.base import LinearSite
-from peftmux.kernels.dense import DenseForm
+from peftmux.kernels.dense import Dense
 from peftmux.kernels.embedding import EmbeddingSite
 from peftmux.kernels.inputs import InputScale, InputScaleSite, SliceInputSite
 from peftmux.kernels.lowrank import LowRankSite, Segments
@@ -21,7 +21,6 @@ from peftmux.kernels.norms import NormSite
 from peftmux.kernels.routed import RoutedSite
 from peftmux.kernels.rows import ReplacedRows, RowsSite
 from peftmux.kernels.sparse import SparsePart, SparseSite
-from peftmux.runtime.model.dense import stack
 from peftmux.runtime.model.step import StepState
 
 
@@ -78,24 +77,24 @@ class SiteGroup:
     def __init__(
         self,
         sites: Sequence[LinearSite],
-        weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        dense: DenseForm,
+        dense: Dense,
+        dtype: torch.dtype,
+        device: torch.device,
         step: StepState,
         segments: str,
     ) -> None:
-        weight, bias = stack(weights, biases)
         self.sites = tuple(sites)
         self.sizes = [s.out_features for s in sites]
-        self.dense = dense(weight, bias)
-        self.lowrank = LowRankSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
-        self.routed = RoutedSite(sites[0].in_features, self.sizes, weight.dtype, weight.device)
+        self.dense = dense
+        self.lowrank = LowRankSite(sites[0].in_features, self.sizes, dtype, device)
+        self.routed = RoutedSite(sites[0].in_features, self.sizes, dtype, device)
         self.biases = tuple(biases)
         self._step = step
         self._segments = attrgetter(segments)
-        self._input = InputScaleSite(weight.device)
+        self._input = InputScaleSite(device)
         """Used where the group is one layer."""
-        self._slices = self._slice_sites(weight.dtype, weight.device)
+        self._slices = self._slice_sites(dtype, device)
         self._occupied: list[tuple[slice, SliceChange]] = []
         """Those of `_slices` that hold something, and `_input` as it is: read in every step."""
         self._scales_input = False

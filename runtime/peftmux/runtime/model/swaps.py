@@ -7,6 +7,7 @@ original's numbers on random input. The whole model is compared with the origina
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from peftmux.adapters.experts import expert_weights, is_router, router_site
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_site
 from peftmux.adapters.parts import FIRST_PASS, IMAGES, LADDER, VIRTUAL_TOKENS, ClassifierPart, VirtualRows, VisionPart
+from peftmux.adapters.quantised import is_linear, is_quantised
 from peftmux.kernels.bottleneck import Bottleneck, Fusion
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
@@ -29,6 +31,7 @@ from peftmux.kernels.routed import RoutedPart
 from peftmux.kernels.virtual import VirtualSite
 from peftmux.kernels.vision import VisionSite
 from peftmux.runtime.model.branches import BranchForward
+from peftmux.runtime.model.dense import QuantisedDense, stack
 from peftmux.runtime.model.experts import experts_forward, router_forward
 from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
 from peftmux.runtime.model.first_pass import FirstPass
@@ -90,7 +93,7 @@ class Swapper:
             self._swap_experts(path, parent)
             for name, child in list(parent.named_children()):
                 full = f"{path}.{name}" if path else name
-                if type(child) in (nn.Linear, Conv1D):
+                if is_linear(child) or type(child) is Conv1D:
                     setattr(parent, name, SiteLinear(self._group([full], [child])))
                 elif full in self._token_norms or is_rms_norm(child):
                     setattr(parent, name, self._norm(full, child))
@@ -170,18 +173,27 @@ class Swapper:
         sites, weights, biases = [], [], []
         for name, layer in zip(names, layers, strict=True):
             conv1d = isinstance(layer, Conv1D)
-            weight, bias = layer_weight(layer, conv1d), _bias(layer)
-            sites.append(LinearSite(name, weight.shape[1], weight.shape[0], bias is not None, conv1d))
-            weights.append(weight)
+            bias = _bias(layer)
+            if is_quantised(layer):
+                sites.append(_quantised_site(name, layer))
+            else:
+                weight = layer_weight(layer, conv1d)
+                sites.append(LinearSite(name, weight.shape[1], weight.shape[0], bias is not None, conv1d))
+                weights.append(weight)
             biases.append(bias)
         segments = "kept" if layers[0] is self._head else "segments"
-        group = SiteGroup(sites, weights, biases, self._dense, self._step, segments)
+        dense = self._dense(*stack(weights, biases)) if weights else QuantisedDense(layers[0])
+        group = SiteGroup(sites, biases, dense, self._model.dtype, self._model.device, self._step, segments)
         for index, name in enumerate(names):
             if name in self._token_linears:
                 self.sites[name] = SiteRef(group, index)
                 self.places |= {(kind, name): place for kind, place in group.places(index).items()}
                 self.places[RoutedPart, name] = group.routed.slice(index)
         return group
+
+
+def _quantised_site(name: str, layer: Any) -> LinearSite:
+    return LinearSite(name, layer.in_features, layer.out_features, layer.bias is not None, conv1d=False)
 
 
 def _bias(layer: nn.Module) -> Tensor | None:

@@ -31,4 +31,6 @@ def get_method(name: str) -> Method:
     try:
         return METHODS[name]
     except KeyError:
+        if name == "qlora":
+            raise OptionError("method", "qlora is lora over a quantised base: lora --quantization nf4") from None
         raise OptionError("method", f"expected one of {', '.join(METHODS)}; got {name!r}") from None

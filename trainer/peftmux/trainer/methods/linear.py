@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from peftmux.adapters.quantised import dequantised, is_quantised
 from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.trainer.host import Change
 
@@ -48,7 +49,9 @@ def expert_notes(model: Any) -> tuple[str, ...]:
 
 
 def weight_out_in(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer as [out, in]; transformers' Conv1D stores [in, out]."""
+    """The weight of a linear layer as [out, in]; transformers' Conv1D stores [in, out], a quantised layer codes."""
+    if is_quantised(layer):
+        return dequantised(layer)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight if isinstance(layer, nn.Linear) else weight.T
 

@@ -1,0 +1,82 @@
+"""QLoRA (Dettmers et al., 2023, arXiv 2305.14314): adapters trained over a base held in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from peftmux.adapters.checkpoint import load_checkpoint
+from peftmux.adapters.lower import load_adapter
+from peftmux.adapters.quantised import is_quantised, weights_stay_as_stored
+from peftmux.adapters.torch_base import TorchBase
+from peftmux.trainer import train
+from peftmux.trainer.methods import METHODS
+from peftmux.trainer.methods.base import AttachContext
+from tests.trainer.lowered import lowered_logits
+from tests.trainer.tiny_models import random_ids
+
+pytest.importorskip("bitsandbytes")
+
+QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "logging_steps": 3}
+
+
+class CutOff(TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def loaded(folder: Path, quantization: str) -> Any:
+    module = load_checkpoint(str(folder), quantization=quantization, dtype=torch.float32)
+    weights_stay_as_stored(module)
+    return module
+
+
+def gradients(model: Any, method: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    adapter = METHODS[method].attach(model, METHODS[method].config_class(), AttachContext(seed=1))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    found = {name: p.grad for name, p in adapter.parameters.items()}
+    assert all(gradient is not None for gradient in found.values())
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_gradients_are_those_over_the_dequantised_base(method: str, qwen2: Path) -> None:
+    """transformers' own dequantised model is the oracle."""
+    ids = random_ids(2, 12)
+    quantised, plain = loaded(qwen2, "nf4"), loaded(qwen2, "nf4").dequantize()
+    assert any(is_quantised(m) for m in quantised.modules())
+    assert not any(is_quantised(m) for m in plain.modules())
+    expected = gradients(plain, method, ids)
+    for name, gradient in gradients(quantised, method, ids).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("method", "quantization"), [("lora", "nf4"), ("dora", "nf4"), ("lora", "int8")])
+def test_a_run_learns_resumes_to_the_bit_and_loads(
+    method: str, quantization: str, taught: Path, rows: Path, tmp_path: Path
+) -> None:
+    """With evaluations between: they must leave the weights as they are."""
+    run: dict[str, Any] = {"model": taught, "data": rows, "eval_data": rows, "quantization": quantization}
+    often = {**QUICK, "eval_strategy": "steps", "eval_steps": 2}
+    train(method, **run, out=tmp_path / "whole", training=often)
+    saving = {**often, "save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        train(method, **run, out=tmp_path / "cut", training=saving, callbacks=[CutOff()])
+    train(method, **run, out=tmp_path / "cut", training=saving, resume=True)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    base = loaded(taught, quantization).eval()
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        changed = lowered_logits(base, load_adapter(tmp_path / "whole", TorchBase(base)), ids)
+        assert (changed - base(ids).logits).abs().max() > 1e-3
