@@ -159,7 +159,7 @@ def test_top_p_widens_until_the_mass_is_reached(reference, top_p, scale):
     sampling = SamplingParams(top_p=top_p)
     found: dict[int, int] = {}
     for rows, kept, _ in filtered(scores, [sampling] * 2):
-        found |= zip(rows.tolist(), kept.isfinite().sum(1).tolist(), strict=True)
+        found |= zip(rows, kept.isfinite().sum(1).tolist(), strict=True)
     for i in range(2):
         expected = len(reference.survivors(scores[i].tolist(), sampling))
         assert abs(found[i] - expected) <= 1 + expected // 2000  # float32 sums against float64

@@ -14,6 +14,7 @@ from torch import Tensor
 from peftmux.runtime.model.sampling_filters import filtered, is_filtered
 from peftmux.runtime.model.sampling_noise import draw_key, log_exponential
 from peftmux.runtime.model.sampling_penalties import change_logits, changes_logits
+from peftmux.runtime.model.staging import Readback
 from peftmux.runtime.params import TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan
 
@@ -25,26 +26,48 @@ _NOISE_AT_ONCE, _CPU_NOISE_AT_ONCE = 1 << 24, 1 << 17
 """Elements of noise made together: bounds memory, and on a CPU keeps a dozen passes inside its second-level cache."""
 
 
-def sample(logits: Tensor, rows: Sequence[RowPlan]) -> list[Sampled]:
-    """One token for each row, with its log-probability where the row asks for it.
+class Drawn:
+    """One token for each row that samples, with its log-probability where the row asks for it.
 
-    logits: [R, V] in the model's dtype, unchanged; rows: the R rows that sample, in order. Temperature 0 is the argmax.
+    Everything is computed and on its way to the host when this is made; `read` waits for it.
     """
-    raw = logits.float()
-    largest, best = raw.max(1)
-    if any(row.sampling.temperature > 0 or changes_logits(row) for row in rows):
-        best = _choose(raw, best, rows)
-    # One transfer for both: a token, or -1 for a row that fails.
-    tokens: list[int] = best.masked_fill(~largest.isfinite(), -1).tolist()
-    sampled: list[Sampled] = [(token, None) if token >= 0 else (None, None) for token in tokens]
-    reporting = [i for i, row in enumerate(rows) if row.output.logprobs is not None and tokens[i] >= 0]
-    if reporting:
-        entries = _report(
-            _pick(raw, reporting), [tokens[i] for i in reporting], [rows[i].output.logprobs or 0 for i in reporting]
-        )
-        for i, entry in zip(reporting, entries, strict=True):
-            sampled[i] = (tokens[i], entry)
-    return sampled
+
+    def __init__(self, logits: Tensor, rows: Sequence[RowPlan]) -> None:
+        """logits: [R, V] in the model's dtype, unchanged; rows: the R rows, in order. Temperature 0 is the argmax."""
+        raw = logits.float()
+        largest, best = raw.max(1)
+        if any(row.sampling.temperature > 0 or changes_logits(row) for row in rows):
+            best = _choose(raw, best, rows)
+        self.tokens = best
+        """[R] int64 on the device, of the vocabulary also for a row that fails: the next step may read them there."""
+        answers = best.masked_fill(~largest.isfinite(), -1)
+        self._tops = {i: row.output.logprobs for i, row in enumerate(rows) if row.output.logprobs is not None}
+        self._readback = Readback(self._with_report(answers, raw) if self._tops else answers)
+
+    def _with_report(self, answers: Tensor, raw: Tensor) -> Tensor:
+        """What is reported beside the tokens, so that all is one transfer: float64 holds ids and float32 exactly."""
+        reporting = list(self._tops)
+        report = _report(_pick(raw, reporting), _pick(self.tokens, reporting), max(self._tops.values()))
+        return torch.cat([part.flatten().double() for part in (answers, *report)])
+
+    def read(self) -> list[Sampled]:
+        """By row: (None, None) for one whose logits are not finite."""
+        values = self._readback.tolist()
+        count = len(self.tokens)
+        tokens = [int(value) for value in values[:count]]
+        sampled: list[Sampled] = [(token, None) if token >= 0 else (None, None) for token in tokens]
+        if self._tops:
+            reporting = [tokens[i] for i in self._tops]
+            entries = _entries(values[count:], reporting, list(self._tops.values()))
+            for i, entry in zip(self._tops, entries, strict=True):
+                if tokens[i] >= 0:
+                    sampled[i] = (tokens[i], entry)
+        return sampled
+
+
+def sample(logits: Tensor, rows: Sequence[RowPlan]) -> list[Sampled]:
+    """`Drawn`, waited for."""
+    return Drawn(logits, rows).read()
 
 
 def prompt_logprobs(logits: Tensor, targets: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
@@ -58,23 +81,34 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], top: int) -> tuple[T
         if not part.amax(1).isfinite().all():
             return ()
         wanted = list(targets[at : at + _REPORTED_AT_ONCE])
-        entries += _report(part, wanted, [top] * len(wanted))
+        report = _report(part, torch.tensor(wanted, device=part.device), top)
+        values = torch.cat([piece.flatten().double() for piece in report]).tolist()
+        entries += _entries(values, wanted, [top] * len(wanted))
     return tuple(entries)
 
 
-def _report(raw: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogprob]:
-    """raw: [N, V] float32, before temperature and penalties."""
+def _report(raw: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, ...]:
+    """raw: [N, V] float32, before temperature and penalties; tokens: [N] -> log-probabilities [N], and with `top` the
+    likeliest tokens' and their ids, [N, K] each."""
     total = raw.logsumexp(1, keepdim=True)
-    chosen = (raw.gather(1, torch.tensor(tokens, device=raw.device)[:, None]) - total).squeeze(1).tolist()
-    width = min(max(tops), raw.shape[1])
-    if not width:
-        return [TokenLogprob(token, value) for token, value in zip(tokens, chosen, strict=True)]
-    values, ids = raw.topk(width)
-    alternatives = zip(ids.tolist(), (values - total).tolist(), strict=True)
-    return [
-        TokenLogprob(token, value, tuple(zip(top_ids[:n], top_values[:n], strict=True)))
-        for token, value, n, (top_ids, top_values) in zip(tokens, chosen, tops, alternatives, strict=True)
-    ]
+    chosen = raw.gather(1, tokens[:, None]) - total
+    if not top:
+        return (chosen,)
+    values, ids = raw.topk(min(top, raw.shape[1]))
+    return chosen, values - total, ids
+
+
+def _entries(report: Sequence[float], tokens: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
+    """What `_report` has found, flattened, for rows that want so many alternatives each."""
+    count = len(tokens)
+    width = (len(report) - count) // (2 * count)
+    ids_at = count + count * width
+    entries = []
+    for i, (token, top) in enumerate(zip(tokens, tops, strict=True)):
+        first, last = i * width, i * width + min(top, width)
+        values, ids = report[count + first : count + last], report[ids_at + first : ids_at + last]
+        entries.append(TokenLogprob(token, report[i], tuple(zip(map(int, ids), values, strict=True))))
+    return entries
 
 
 def _choose(raw: Tensor, best: Tensor, rows: Sequence[RowPlan]) -> Tensor:
@@ -122,8 +156,11 @@ def _draw_filtered(scores: Tensor, rows: Sequence[RowPlan]) -> Tensor:
     drawn = torch.empty(len(rows), dtype=torch.long, device=scores.device)
     keys = _keys(rows)
     for at, kept, ids in filtered(scores, [row.sampling for row in rows]):
-        race = kept - log_exponential([keys[i] for i in at.tolist()], ids)
-        drawn[at] = ids.gather(1, race.max(1, keepdim=True).indices).squeeze(1).long()
+        race = kept - log_exponential([keys[i] for i in at], ids)
+        chosen = ids.gather(1, race.max(1, keepdim=True).indices).squeeze(1).long()
+        if len(at) == len(rows):
+            return chosen
+        drawn[_index(at, scores)] = chosen
     return drawn
 
 

@@ -22,25 +22,29 @@ def is_filtered(sampling: SamplingParams) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
-def filtered(scores: Tensor, params: Sequence[SamplingParams]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def filtered(scores: Tensor, params: Sequence[SamplingParams]) -> list[tuple[list[int], Tensor, Tensor]]:
     """Groups of rows with the tokens left to them: (rows [G], scores [G, K], ids [G, K] int32).
 
     scores: [R, V] float32, each row's largest 0. Rows come back in the group of the narrowest width that holds all
-    their tokens; what fills up a row's K has score -inf.
+    their tokens; what fills up a row's K has score -inf. Waits for the device once a width: how far the rows have to
+    look decides what is launched next.
     """
     groups = []
-    rows = torch.arange(len(params), device=scores.device)
+    rows = list(range(len(params)))
     for width in (*(w for w in _WIDTHS if w < scores.shape[1]), scores.shape[1]):
         values, ids = scores.topk(width)
         threshold = _threshold(scores, values, params)
-        done = (threshold > values[:, -1]) | (width == scores.shape[1])
+        known = [True] * len(rows) if width == scores.shape[1] else (threshold > values[:, -1]).tolist()
         kept = values.masked_fill(values < threshold[:, None], float("-inf"))
-        groups.append((rows[done], kept[done], ids[done].int()))
-        left = (~done).nonzero().squeeze(1)
-        if not len(left):
+        if all(known):
+            groups.append((rows, kept, ids.int()))
             break
-        rows, scores, params = rows[left], scores[left], [params[i] for i in left.tolist()]
-    return [group for group in groups if len(group[0])]
+        done, left = ([i for i, k in enumerate(known) if k is wanted] for wanted in (True, False))
+        if done:
+            at = torch.tensor(done, device=scores.device)
+            groups.append(([rows[i] for i in done], kept[at], ids[at].int()))
+        rows, scores, params = [rows[i] for i in left], scores[left], [params[i] for i in left]
+    return groups
 
 
 def _threshold(scores: Tensor, values: Tensor, params: Sequence[SamplingParams]) -> Tensor:
