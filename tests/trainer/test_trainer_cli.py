@@ -26,6 +26,9 @@ METHOD_FLAGS["adalora"] = {"--init-r", "--target-r", "--lora-alpha", "--orth-reg
 METHOD_FLAGS["ia3"] = {"--target-modules", "--feedforward-modules"}
 METHOD_FLAGS["ln"] = {"--target-modules"}
 METHOD_FLAGS["shira"] = {"--r", "--mask", "--target-modules"}
+METHOD_FLAGS["bitfit"] = {"--bias-terms"}
+METHOD_FLAGS["layers"] = {"--trained-layers", "--target-modules"}
+METHOD_FLAGS["diffpruning"] = {"--sparsity", "--structured", "--l0-weight", "--alpha-init", "--alpha-learning-rate"}
 METHOD_FLAGS["prompt"] = {"--num-virtual-tokens", "--prompt-init", "--prompt-init-text"}
 METHOD_FLAGS["p-tuning"] = METHOD_FLAGS["prompt"] | {"--encoder-reparameterization-type", "--encoder-hidden-size"}
 METHOD_FLAGS["rslora"] = METHOD_FLAGS["lora"] - {"--use-rslora"}
@@ -142,6 +145,19 @@ def test_usage(capsys: pytest.CaptureFixture[str]):
     assert "--rank-pattern JSON" in capsys.readouterr().out
     assert main(["lora", "--model", "m"]) == 2
     assert main(["lora", *REQUIRED, "--ranks", "4"]) == 2
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1e-3", "fast"])
+def test_a_learning_rate_is_a_finite_number(value: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["lora", *REQUIRED, f"--learning-rate={value}"]) == 2
+    assert f"expected a finite number of 0 or more, got '{value}'" in capsys.readouterr().err
+
+
+def test_the_learning_rate_that_is_taken_is_said(capsys: pytest.CaptureFixture[str]):
+    main(["lora", "--help"])
+    assert "default: 0.0007 at width 1024, 0.00035 at width 4096" in " ".join(capsys.readouterr().out.split())
+    main(["prefix", "--help"])
+    assert "Initial learning rate (default: 0.03)" in capsys.readouterr().out
 
 
 def test_a_run_from_the_command_line(qwen2: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

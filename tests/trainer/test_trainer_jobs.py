@@ -31,6 +31,9 @@ SPECS: list[dict[str, Any]] = [
     {"name": "vectors", "method": "ia3", "max_steps": 4, "weight_decay": 0.1},
     {"name": "norms", "method": "ln", "max_steps": 4},
     {"name": "entries", "method": "shira", "r": 1, "max_steps": 4},
+    {"name": "biases", "method": "bitfit", "max_steps": 4},
+    {"name": "whole", "method": "layers", "max_steps": 4},
+    {"name": "difference", "method": "diffpruning", "sparsity": 0.1, "max_steps": 6},
     {"name": "directions", "method": "pissa", "r": 2, "num_train_epochs": 2},
 ]
 

@@ -13,93 +13,52 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from peftmux.adapters.lower import load_adapter
-from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer import OptionError, TrainerError, train
 from peftmux.trainer.data import file_digest
-from peftmux.trainer.methods import METHODS
-from tests.trainer.lowered import lowered_logits
-from tests.trainer.tiny_models import build_model, copy_task, random_ids, save_base, write_rows
-
-QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2, "disable_tqdm": True}
-
+from tests.trainer.method_runs import (
+    QUICK,
+    check_files_give_the_models_logits,
+    check_learns,
+    check_resumes,
+    check_seeds,
+    tensors,
+)
+from tests.trainer.tiny_models import build_model, copy_task, save_base, write_rows
 
 KINDS = {"lora-plus": "lora", "pissa": "lora"}
 """What these methods write is of another's kind."""
 
 
-def with_dropout(method: str) -> dict[str, float]:
-    fields = METHODS[method].config_class.__dataclass_fields__
-    return {"lora_dropout": 0.1} if "lora_dropout" in fields else {}
+FIRST = (
+    *("lora", "rslora", "lora-plus", "pissa", "dora", "adalora"),
+    *("prefix", "prompt", "p-tuning", "ia3", "ln", "shira"),
+)
+"""The others' runs are in files of their own."""
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST)
 def test_a_run_learns_its_task_with_the_defaults(method: str, taught: Path, rows: Path, tmp_path: Path):
-    """The base does it when told "up"; an adapter learns to do it untold. A prefix may start from being told."""
+    """A prefix may start from being told."""
     told = {"num_virtual_tokens": 9, "prefix_init_text": "up ab=AB "} if method == "prefix" else {}
-    held_out = write_rows(tmp_path / "eval.jsonl", copy_task(32, seed=1))
-    run: dict[str, Any] = {"model": taught, "data": rows, "eval_data": held_out, "out": tmp_path / "a", "config": told}
-    losses = []
-    for steps, rate in ((1, {"learning_rate": 0.0}), (80, {})):
-        training = {"max_steps": steps, "per_device_train_batch_size": 16, "disable_tqdm": True, **rate}
-        result = train(method, **run, training=training, overwrite=True)
-        losses.append(result.metrics["eval_loss"])
-    assert losses[0] > 0.8, "untrained it cannot do it"
-    assert losses[1] < 0.1, losses
+    check_learns(method, taught, rows, tmp_path, told)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST)
 def test_what_is_written_gives_the_trained_models_logits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    result = train(method, model=qwen2, data=rows, out=tmp_path / "a", training=QUICK)
-    base = build_model("qwen2")
-    adapter = load_adapter(tmp_path / "a", TorchBase(base))
-    assert (adapter.kind, adapter.digest) == (KINDS.get(method, method), result.digest)
-    with torch.no_grad():
-        ours = result.model(input_ids=random_ids()).logits[:, -random_ids().shape[1] :]
-    torch.testing.assert_close(ours, lowered_logits(base, adapter, random_ids()), rtol=0, atol=1e-5)
+    kind = KINDS.get(method, method)
+    check_files_give_the_models_logits(method, kind, qwen2, build_model("qwen2"), rows, tmp_path)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST)
 def test_the_same_seed_gives_the_same_bits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    dropout = with_dropout(method)
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train(method, model=qwen2, data=rows, out=tmp_path / name, config=dropout, training={**QUICK, "seed": seed})
-    assert_equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
-    first, other = tensors(tmp_path / "a"), tensors(tmp_path / "c")
-    assert not all(torch.equal(first[name], other[name]) for name in first)
+    check_seeds(method, qwen2, rows, tmp_path)
 
 
-class StopAt(TrainerCallback):
-    """Ends a run in the middle, as a lost machine would, after its checkpoint was written."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST)
 def test_a_resumed_run_ends_with_the_same_bits(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    config = with_dropout(method)
-    run: dict[str, Any] = {"model": qwen2, "data": rows, "config": config}
-    train(method, **run, out=tmp_path / "whole", training=QUICK)
-    saving = {**QUICK, "save_strategy": "steps", "save_steps": 4}
-    with pytest.raises(KeyboardInterrupt):
-        train(method, **run, out=tmp_path / "cut", training=saving, callbacks=[StopAt()])
-    assert not (tmp_path / "cut").exists()
-    result = train(method, **run, out=tmp_path / "cut", training=saving, resume=True)
-    assert result.steps == 6
-    assert_equal(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+    check_resumes(method, qwen2, rows, tmp_path)
 
 
 def test_resuming_something_else_is_refused(qwen2: Path, rows: Path, tmp_path: Path):
@@ -219,6 +178,10 @@ def test_a_dry_run_counts_and_writes_nothing(
         ({"training": {"nonsense": 1}}, "training arguments: .*nonsense"),
         ({"training": {"warmup_ratio": 2.0}}, "warmup-ratio: expected 0 or more and below 1"),
         ({"config": {"rank": 4}}, "rank: no such option; expected one of r, lora_alpha"),
+        (
+            {"training": {"learning_rate": float("nan")}},
+            "learning-rate: expected a finite number of 0 or more, got nan",
+        ),
         ({"max_length": 0}, "max-length: expected 1 or more, got 0"),
         ({"early_stopping_patience": 2}, "early-stopping-patience: needs rows to evaluate on"),
         ({"speed": "fast"}, "speed: no such option"),

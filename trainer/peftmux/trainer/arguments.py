@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,9 +21,21 @@ REPORTED = (
 """The arguments a model card names, beside those the user gave."""
 
 
+def checked_learning_rate(value: object) -> float:
+    """Raises OptionError for what is no finite number of 0 or more."""
+    try:
+        rate = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0 <= rate < math.inf:
+        raise OptionError("learning-rate", f"expected a finite number of 0 or more, got {value!r}")
+    return rate
+
+
 def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_rate: float) -> TrainingArguments:
     """`learning_rate` is the method's default. Raises OptionError for an unknown name or a refused value."""
     values = {**_defaults(options, given), "learning_rate": learning_rate, **given, "remove_unused_columns": False}
+    values["learning_rate"] = checked_learning_rate(values["learning_rate"])
     if "warmup_ratio" in values:
         values["warmup_steps"] = _warmup_share(values.pop("warmup_ratio"))
     saves = options.resume or str(values["save_strategy"]) != "no"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from peftmux.adapters.errors import AdapterError
@@ -113,12 +113,30 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     training = HfArgumentParser([TrainingArguments], add_help=False)  # type: ignore[list-item]
     for action in training._actions:
         action.default = argparse.SUPPRESS
+        if action.dest == "learning_rate":
+            action.type, action.help = _learning_rate, _learning_rate_help(method.learning_rate)
     group = parser.add_argument_group("training (transformers' TrainingArguments)")
     if "--warmup-ratio" not in training._option_string_actions:
         group.add_argument("--warmup-ratio", "--warmup_ratio", type=float, default=argparse.SUPPRESS, metavar="SHARE")
     for action in training._actions:
         group._add_action(action)
     return parser
+
+
+def _learning_rate_help(default: Callable[[int], float]) -> str:
+    rates = {width: f"{default(width):.2g}" for width in (1024, 4096)}
+    if len(set(rates.values())) == 1:
+        return f"Initial learning rate (default: {rates[1024]})"
+    return "Initial learning rate (default: " + ", ".join(f"{v} at width {k}" for k, v in rates.items()) + ")"
+
+
+def _learning_rate(text: str) -> float:
+    from peftmux.trainer.arguments import checked_learning_rate
+
+    try:
+        return checked_learning_rate(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
 if __name__ == "__main__":

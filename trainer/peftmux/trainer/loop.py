@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from peftmux.trainer.arguments import reported_arguments, training_arguments
+from peftmux.trainer.arguments import checked_learning_rate, reported_arguments, training_arguments
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
 from peftmux.trainer.data import (
@@ -105,6 +105,7 @@ def prepare(
 ) -> Prepared:
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
     _check_out(options)
+    checked_learning_rate(training.get("learning_rate", 0.0))
     rows = read_rows(options.data)
     eval_rows = read_rows(options.eval_data) if options.eval_data else None
     model, tokenizer = base()

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.adalora import ADALORA
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from peftmux.trainer.methods.bitfit import BITFIT
+from peftmux.trainer.methods.diffpruning import DIFFPRUNING
 from peftmux.trainer.methods.dora import DORA
 from peftmux.trainer.methods.ia3 import IA3
+from peftmux.trainer.methods.layers import LAYERS
 from peftmux.trainer.methods.ln import LN
 from peftmux.trainer.methods.lora import LORA
 from peftmux.trainer.methods.lora_plus import LORA_PLUS
@@ -21,7 +24,11 @@ from peftmux.trainer.methods.shira import SHIRA
 
 __all__ = ["METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method"]
 
-_ALL = (LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA, PREFIX, PROMPT, P_TUNING, IA3, LN, SHIRA)
+_ALL = (
+    *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
+    *(PREFIX, PROMPT, P_TUNING),
+    *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING),
+)
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 
