@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ class ElementwisePath:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     rotate_: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotate_pair_: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None
+    """rotate_ of two tensors [T, heads, D] in one launch, where this form has that."""
 
 
 def choose_elementwise(device: torch.device | str, dtype: torch.dtype) -> ElementwisePath:
@@ -28,4 +31,8 @@ def choose_elementwise(device: torch.device | str, dtype: torch.dtype) -> Elemen
     if native.Library.supports(device, dtype) and (library := native.load()):
         own = NativeElementwise(library, dtype)
         return ElementwisePath("native", own.rms_norm, own.swiglu, own.rotate_)
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton"):
+        from peftmux.kernels.elementwise import triton_path as gpu
+
+        return ElementwisePath("triton", gpu.rms_norm, gpu.swiglu, gpu.rotate_, rotate_pair_=gpu.rotate_pair_)
     return ElementwisePath("torch", rms_norm, swiglu, rotate_)

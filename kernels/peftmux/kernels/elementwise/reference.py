@@ -16,6 +16,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale * weight.float()).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(stream + x, its rms_norm): the end of one residual branch and the start of the next. x, stream: [..., D]."""
+    total = (stream.float() + x.float()).to(x.dtype)
+    return total, rms_norm(total, weight, eps)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer, 2020, arXiv 2002.05202). gate_up: [..., 2 I], the gate first -> [..., I]."""
     gate, up = gate_up.float().chunk(2, -1)

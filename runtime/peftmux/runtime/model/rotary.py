@@ -54,9 +54,24 @@ class Rotation:
         return x
 
 
+class PairRotation(Rotation):
+    """The same, queries and keys in one launch."""
+
+    def __init__(self, path: ElementwisePath) -> None:
+        super().__init__(path)
+        assert path.rotate_pair_ is not None
+        self._rotate_pair_ = path.rotate_pair_
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        q, k = (x.contiguous() if 0 in x.stride() else x for x in (q, k))
+        first, second = (x[0] if unsqueeze_dim == 2 else x[0].transpose(0, 1) for x in (q, k))
+        self._rotate_pair_(first, second, cos[0], sin[0])
+        return q, k
+
+
 def swap_rotary(model: PreTrainedModel, path: ElementwisePath) -> None:
     """Let attention modules whose rotation is the one above call it. Touches these instances only, no global."""
-    rotation = Rotation(path)
+    rotation = PairRotation(path) if path.rotate_pair_ else Rotation(path)
     forwards: dict[type, FunctionType | None] = {}
     for module in model.modules():
         if _ROTATE in _names(module):
