@@ -46,6 +46,7 @@ RUN_FLAGS = {
     ),
     *("--attn-implementation", "--early-stopping-patience", "--resume", "--overwrite", "--dry-run"),
     *("--packing", "--pack-length", "--sweep", "--publish"),
+    *("--loss", "--beta", "--desirable-weight", "--undesirable-weight"),
 }
 TRAINING_FLAGS = {
     *("--max-steps", "--num-train-epochs", "--learning-rate", "--per-device-train-batch-size", "--seed"),

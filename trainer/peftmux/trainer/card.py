@@ -25,7 +25,7 @@ class DataFacts:
 
     def line(self) -> str:
         e = self.encoded
-        parts = [f"{len(e.examples)} rows of {e.format}", f"{e.tokens} tokens, {e.learned_tokens} of them learned"]
+        parts = [f"{e.rows} rows of {e.format}", f"{e.tokens} tokens, {e.learned_tokens} of them learned"]
         parts += [f"{e.truncated} rows truncated"] * bool(e.truncated) + [f"{e.dropped} rows dropped"] * bool(e.dropped)
         return f"`{self.name}` (sha256 `{self.sha256}`): {'; '.join(parts)}"
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods import AttachedAdapter
+from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
 
 CHECKPOINT_TENSORS = "adapter_state.safetensors"
 CHECKPOINT_RUN = "run.json"
@@ -24,13 +25,21 @@ CHECKPOINT_LAST = "trainer_state.json"
 
 
 class AdapterTrainer(Trainer):
-    """`run` is what a resumed run must share with the run that wrote the checkpoint: method, options, data, seed."""
+    """`run` is what a resumed run must share with the run that wrote the checkpoint: method, options, data, seed.
 
-    def __init__(self, adapter: AttachedAdapter, run: Mapping[str, object], **kwargs: Any) -> None:
+    preference: the loss in the place of the model's own, or None.
+    """
+
+    def __init__(
+        self, adapter: AttachedAdapter, run: Mapping[str, object], preference: Preference | None = None, **kwargs: Any
+    ) -> None:
         self.adapter = adapter
         self.run = run
+        self.preference = preference
         with _known_to_have_adapters(kwargs["model"]):
             super().__init__(**kwargs)
+        if preference is not None:
+            self.model_accepts_loss_kwargs = False  # a mean over rows, not a sum over the step's learned tokens
         self.add_callback(AdapterSteps(adapter))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
@@ -46,12 +55,31 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.preference is None:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = self._preference_loss(model, inputs)
         added = self.adapter.regulariser() if model.training else None
         if added is not None:
             scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             loss = loss + (added / self.current_gradient_accumulation_steps if scaled else added)
         return (loss, outputs) if return_outputs else loss
+
+    def _preference_loss(self, model: Any, inputs: Any) -> Any:
+        preference = self.preference
+        assert preference is not None
+        extras = {name: inputs.pop(name) for name in EXTRAS if name in inputs}
+
+        def loss_of(logits: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return preference.loss(logits, labels, extras)
+
+        with replaced_loss(self.accelerator.unwrap_model(model), loss_of):
+            return super().compute_loss(model, inputs, True)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.preference is not None and "loss" in logs:
+            logs = {**logs, **self.preference.metrics()}
+        super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,32 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from peftmux.trainer.arguments import checked_learning_rate, reported_arguments, training_arguments
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
-from peftmux.trainer.data import (
-    PackedCollator,
-    PaddingCollator,
-    check_packing,
-    encode_rows,
-    file_digest,
-    pack_features,
-    read_rows,
-)
+from peftmux.trainer.data import encode_preferences, encode_rows, file_digest, read_rows
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.export import export_adapter, publish
 from peftmux.trainer.host import Host
 from peftmux.trainer.huggingface_trainer import AdapterTrainer, newest_checkpoint
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
-from peftmux.trainer.options import RunOptions
+from peftmux.trainer.options import NEXT_TOKEN, RunOptions
+from peftmux.trainer.prepared import Prepared, make_trainer
 from peftmux.trainer.summary import trainable_summary
 
-_PACK = 512
-"""Tokens."""
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-"""One switch under its older and its newer name; transformers before 5.20 or so has the first alone."""
+PREFERENCE_RATE = 0.1
+"""A preference loss's default learning rate beside the method's own: the model is to be bent, not taught."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +42,6 @@ class TrainResult:
     model: Any
     tokenizer: Any
     adapter: AttachedAdapter
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything a run needs, checked; the adapter is in the model."""
-
-    method: Method
-    options: RunOptions
-    config: Any
-    training: Mapping[str, Any]
-    model: Any
-    tokenizer: Any
-    args: TrainingArguments
-    data: DataFacts
-    eval_data: DataFacts | None
-    adapter: AttachedAdapter
-    base_parameters: int
 
 
 def run_training(
@@ -106,10 +78,12 @@ def prepare(
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
     _check_out(options)
     checked_learning_rate(training.get("learning_rate", 0.0))
-    rows = read_rows(options.data)
-    eval_rows = read_rows(options.eval_data) if options.eval_data else None
+    loss = "" if options.loss == NEXT_TOKEN else options.loss
+    rows = read_rows(options.data, loss)
+    eval_rows = read_rows(options.eval_data, loss) if options.eval_data else None
     model, tokenizer = base()
-    args = training_arguments(options, training, method.learning_rate(model.config.get_text_config().hidden_size))
+    rate = method.learning_rate(model.config.get_text_config().hidden_size)
+    args = training_arguments(options, training, rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE)
     base_parameters = model.num_parameters()
     limit = min(options.max_length or sys.maxsize, longest_row(model, getattr(config, "num_virtual_tokens", 0)))
     if limit < 2:
@@ -137,7 +111,11 @@ def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
         method=ready.method.name,
         base_model=ready.options.model,
         config=ready.config,
-        training={"dtype": str(ready.model.dtype), **reported_arguments(ready.args, ready.training)},
+        training={
+            "dtype": str(ready.model.dtype),
+            **ready.loss_options(),
+            **reported_arguments(ready.args, ready.training),
+        },
         metrics=metrics,
         trained_parameters=sum(ready.adapter.sites().values()),
         base_parameters=ready.base_parameters,
@@ -160,58 +138,17 @@ def _check_out(options: RunOptions) -> None:
 
 
 def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: int) -> DataFacts:
-    encoded = encode_rows(
+    encode = encode_rows if options.loss == NEXT_TOKEN else encode_preferences
+    encoded = encode(
         rows, tokenizer, path, max_length=limit, over_long=options.over_long, append_eos=options.append_eos
     )
     return DataFacts(Path(path).name, file_digest(path), encoded)
-
-
-def make_trainer(ready: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> AdapterTrainer:
-    args, data = ready.args, ready.data
-    names = [name for name in CHECKPOINTING if getattr(args, name, None)]
-    if names and ready.adapter.checkpoint_activations():
-        for name in names:
-            setattr(args, name, False)
-    patience = ready.options.early_stopping_patience
-    run = {"options": dataclasses.asdict(ready.config), "data": data.sha256, "seed": args.seed}
-    shape = _packed if ready.options.packing else _padded
-    return AdapterTrainer(
-        ready.adapter,
-        {"method": ready.method.name, **run},
-        model=ready.model,
-        args=args,
-        train_dataset=shape(ready, data),
-        eval_dataset=shape(ready, ready.eval_data) if ready.eval_data else None,
-        data_collator=_collator(ready),
-        callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
-    )
 
 
 def _check_finite(adapter: AttachedAdapter) -> None:
     for name, parameter in adapter.parameters.items():
         if not parameter.isfinite().all():
             raise TrainerError(f"the run diverged ({name} is not finite): nothing written; try a lower learning rate")
-
-
-def _padded(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
-    return data.encoded.features()
-
-
-def _packed(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
-    """Packs of the data's rows. Raises OptionError where packing is not exact."""
-    if ready.adapter.prefix or ready.adapter.virtual:
-        raise OptionError("packing", f"{ready.method.name} puts something in front of each row: train without packing")
-    features = data.encoded.features()
-    check_packing(ready.model, features)
-    return pack_features(features, ready.options.pack_length or max(_PACK, max(len(f["input_ids"]) for f in features)))
-
-
-def _collator(ready: Prepared) -> PaddingCollator | PackedCollator:
-    tokenizer = ready.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if ready.options.packing:
-        return PackedCollator(pad or 0)
-    return PaddingCollator(pad or 0, "logits_to_keep" in inspect.signature(ready.model.forward).parameters)
 
 
 def _train(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -10,6 +11,8 @@ from typing import Any, Literal, TypeVar
 from peftmux.trainer.errors import OptionError
 
 Config = TypeVar("Config")
+NEXT_TOKEN = "next-token"
+LOSSES = (NEXT_TOKEN, "dpo", "kto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,15 @@ class RunOptions:
     append_eos: bool = field(
         default=True, metadata={"help": "end completions and texts with the end-of-sequence token"}
     )
+    loss: Literal["next-token", "dpo", "kto"] = field(
+        default="next-token",
+        metadata={
+            "help": "what to minimise; dpo takes {prompt, chosen, rejected} rows, kto {prompt, completion, label}"
+        },
+    )
+    beta: float = field(default=0.1, metadata={"help": "dpo, kto: larger stays nearer to the base model"})
+    desirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of rows whose label is true"})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of rows whose label is false"})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "the base's dtype; auto: as stored. What is trained is always float32"}
     )
@@ -61,6 +73,13 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {value}")
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionError(name.replace("_", "-"), f"expected more than 0, got {getattr(self, name)}")
+        if self.loss not in LOSSES:
+            raise OptionError("loss", f"expected {' or '.join(LOSSES)}, got {self.loss!r}")
+        if self.loss != NEXT_TOKEN and self.packing:
+            raise OptionError("packing", f"{self.loss} scores whole rows: train without packing")
         if self.early_stopping_patience and not self.eval_data:
             raise OptionError("early-stopping-patience", "needs rows to evaluate on: give --eval-data")
 

@@ -23,6 +23,8 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    truncated: bool = False
+    """Whether its end was cut off."""
 
     def feature(self) -> dict[str, Any]:
         """As the Trainer's samplers and the collator take it.
@@ -41,6 +43,10 @@ class EncodedData:
     format: str
     truncated: int = 0
     dropped: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.examples)
 
     def features(self) -> list[dict[str, Any]]:
         return [example.feature() for example in self.examples]
@@ -69,12 +75,28 @@ def encode_rows(
     will be asked. Raises DataError: a row longer than `max_length` (unless `over_long` cuts its end or drops it; both
     are counted), a row that would have nothing to learn, no row left.
     """
+    found = encode_each(rows, tokenizer, path, max_length=max_length, over_long=over_long, append_eos=append_eos)
+    examples = [example for example in found if example is not None]
+    if not examples:
+        raise DataError(path, None, f"expected rows of at most {max_length} tokens, found all {len(rows)} longer")
+    truncated = sum(example.truncated for example in examples)
+    return EncodedData(examples, rows[0].format, truncated, len(rows) - len(examples))
+
+
+def encode_each(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    max_length: int,
+    over_long: OverLong,
+    append_eos: bool,
+) -> list[Example | None]:
+    """Of each row its example, None where it is dropped; DataError as in `encode_rows`."""
     bos, eos = _special_prefix(tokenizer), tokenizer.eos_token_id
     segmented = segment_rows(rows, tokenizer, path)
-    encoded = _tokenise(segmented, tokenizer)
-    examples: list[Example] = []
-    truncated = dropped = 0
-    for row, segments, parts in zip(rows, segmented, encoded, strict=True):
+    found: list[Example | None] = []
+    for row, segments, parts in zip(rows, segmented, _tokenise(segmented, tokenizer), strict=True):
         example = _assemble(segments, parts, [] if row.format == "messages" else bos, eos if append_eos else None)
         length = len(example.input_ids)
         if length > max_length:
@@ -82,16 +104,13 @@ def encode_rows(
                 message = f"expected at most {max_length} tokens, found {length} (--over-long truncate or drop goes on)"
                 raise DataError(path, row.line, message)
             if over_long == "drop":
-                dropped += 1
+                found.append(None)
                 continue
-            example = Example(example.input_ids[:max_length], example.labels[:max_length])
-            truncated += 1
+            example = Example(example.input_ids[:max_length], example.labels[:max_length], truncated=True)
         if all(label == IGNORED for label in example.labels[1:]):
             raise DataError(path, row.line, f"nothing to learn is left in its {len(example.input_ids)} tokens")
-        examples.append(example)
-    if not examples:
-        raise DataError(path, None, f"expected rows of at most {max_length} tokens, found all {dropped} longer")
-    return EncodedData(examples, rows[0].format, truncated, dropped)
+        found.append(example)
+    return found
 
 
 def _special_prefix(tokenizer: Any) -> list[int]:

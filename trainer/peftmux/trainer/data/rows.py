@@ -17,6 +17,11 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 """The columns each format of a file needs. Other columns are ignored."""
 
+PREFERENCES: Mapping[str, tuple[str, ...]] = {
+    "dpo": ("prompt", "chosen", "rejected"),
+    "kto": ("prompt", "completion", "label"),
+}
+"""The columns that a preference loss needs."""
 _LABELS = ("label", "labels")
 
 
@@ -29,10 +34,11 @@ class Row:
     fields: Mapping[str, object]
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, loss: str = "") -> list[Row]:
     """All rows of a file, in order, each checked for its columns and their types.
 
-    The first row decides the file's format; every other row must have the same columns.
+    `loss` is one of PREFERENCES, whose columns every row must have; otherwise the first row decides the file's format,
+    and every other row must have the same columns.
     Raises DataError with the file and the line: no such file, no rows, broken JSON, a missing column, a wrong type.
     """
     path = Path(path)
@@ -42,6 +48,9 @@ def read_rows(path: str | Path) -> list[Row]:
     rows: list[Row] = []
     kind = ""
     for line, record in records:
+        if loss:
+            rows.append(Row(line, loss, _checked_preference(path, line, record, loss)))
+            continue
         kind = kind or _detect_format(path, line, record)
         rows.append(Row(line, kind, _checked(path, line, record, kind)))
     if not rows:
@@ -100,10 +109,8 @@ def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> 
     for column in _LABELS:
         if column in record:
             raise DataError(path, line, f"column {column!r} is for classification, which no method here trains yet")
+    _check_present(path, line, record, FORMATS[kind], f"the file's rows are {kind}")
     for column in FORMATS[kind]:
-        if column not in record:
-            found = ", ".join(map(repr, record)) or "none"
-            raise DataError(path, line, f"missing column {column!r} (the file's rows are {kind}); found {found}")
         if kind == "messages":
             _check_messages(path, line, record[column])
         elif not isinstance(record[column], str):
@@ -111,6 +118,29 @@ def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> 
     if kind != "messages" and not record[FORMATS[kind][-1]]:
         raise DataError(path, line, f"column {FORMATS[kind][-1]!r}: expected text to learn, found an empty string")
     return {column: record[column] for column in FORMATS[kind]}
+
+
+def _checked_preference(path: Path, line: int, record: Mapping[str, object], loss: str) -> Mapping[str, object]:
+    """A label may be true or false, or 1 or 0."""
+    columns = PREFERENCES[loss]
+    _check_present(path, line, record, columns, f"--loss {loss} learns from {{{', '.join(columns)}}}")
+    for column in columns:
+        value = record[column]
+        if column == "label":
+            if value not in (True, False, 0, 1):
+                raise DataError(path, line, f"column 'label': expected true or false, found {value!r}"[:200])
+        elif not isinstance(value, str):
+            raise DataError(path, line, f"column {column!r}: expected a string, found {_type_name(value)}")
+        elif column != "prompt" and not value:
+            raise DataError(path, line, f"column {column!r}: expected text, found an empty string")
+    return {column: record[column] for column in columns}
+
+
+def _check_present(path: Path, line: int, record: Mapping[str, object], columns: tuple[str, ...], because: str) -> None:
+    for column in columns:
+        if column not in record:
+            found = ", ".join(map(repr, record)) or "none"
+            raise DataError(path, line, f"missing column {column!r} ({because}); found {found}")
 
 
 def _check_messages(path: Path, line: int, messages: object) -> None:

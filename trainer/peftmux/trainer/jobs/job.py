@@ -38,6 +38,7 @@ class Job:
         self._batches = self._endless()
         self._pending: list[dict[str, Any]] = []
         self._items = 0
+        self._taken: dict[str, Any] = {}
         self._share = 1
         self._losses: list[Tensor] = []
         self._started = time.monotonic()
@@ -53,13 +54,17 @@ class Job:
             self._share = len(self._pending)
             self._items = sum(int((b["labels"][..., 1:] != IGNORED).sum()) for b in self._pending)
             self.adapter.before_step(self.step, self.total_steps)
-        return self._pending.pop(0)
+        self._taken = self._pending.pop(0)
+        return self._taken
 
     def loss(self, function: Callable[..., Tensor], logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
         """This micro-batch's part of the step's loss. function: the model's own. logits: [B, K, V], labels: [B, K]."""
         scaled = self.trainer.model_accepts_loss_kwargs
         items = {"num_items_in_batch": torch.tensor(self._items, device=logits.device)} if scaled else {}
-        loss = function(logits=logits, labels=labels, vocab_size=vocab_size, **items)
+        if self.trainer.preference is None:
+            loss = function(logits=logits, labels=labels, vocab_size=vocab_size, **items)
+        else:
+            loss = self.trainer.preference.loss(logits, labels, self._taken)
         added = self.adapter.regulariser()
         if added is not None:
             loss = loss + (added / self._share if scaled else added)

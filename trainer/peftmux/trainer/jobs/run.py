@@ -17,7 +17,8 @@ from peftmux.trainer.host import Host
 from peftmux.trainer.jobs.file import JobSpec, common_base
 from peftmux.trainer.jobs.job import Job
 from peftmux.trainer.jobs.together import Together
-from peftmux.trainer.loop import Prepared, TrainResult, finish, make_trainer, prepare
+from peftmux.trainer.loop import TrainResult, finish, prepare
+from peftmux.trainer.prepared import Prepared, make_trainer
 
 
 @dataclass(slots=True)

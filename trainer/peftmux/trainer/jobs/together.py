@@ -11,6 +11,7 @@ from torch import Tensor
 from peftmux.trainer.host import Host
 from peftmux.trainer.jobs.batch import JoinedBatch, join
 from peftmux.trainer.jobs.job import Job
+from peftmux.trainer.objective import replaced_loss
 
 
 class Together:
@@ -36,16 +37,12 @@ class Together:
     def _loss(self, jobs: Sequence[Job], batch: JoinedBatch) -> Tensor:
         """The sum of all jobs' losses, each over its own rows by the model's own loss function."""
         model = self._model
-        own = model.loss_function
 
         def by_job(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
             pieces = zip(jobs, logits.split(batch.rows), labels.split(batch.rows), strict=True)
             losses = [job.loss(own, part, target, vocab_size) for job, part, target in pieces]
             return sum(losses[1:], losses[0])
 
-        model.loss_function = by_job
-        try:
+        with replaced_loss(model, by_job) as own:
             loss: Tensor = model(**batch.inputs(self._crop)).loss
-        finally:
-            model.loss_function = own
         return loss

@@ -1,0 +1,86 @@
+"""A preference loss in the place of the model's own, and the base model's answers that it compares with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Trainer
+
+from peftmux.trainer.data.preference import DESIRABLE, REFERENCE, PreferenceCollator
+from peftmux.trainer.host import Host
+from peftmux.trainer.preference import dpo, kto, log_probabilities
+
+EXTRAS = (REFERENCE, DESIRABLE)
+"""What a batch holds that the model is not given."""
+
+
+@contextmanager
+def replaced_loss(model: Any, function: Callable[..., Tensor]) -> Iterator[Callable[..., Tensor]]:
+    """Within it a causal LM of transformers computes this of its logits and labels. Gives the model's own."""
+    own = model.loss_function
+    model.loss_function = function
+    try:
+        yield own
+    finally:
+        model.loss_function = own
+
+
+@dataclass(slots=True)
+class Preference:
+    """kind: "dpo" or "kto". beta: how dear a distance from the base is. weights: KTO's, (desirable, undesirable)."""
+
+    kind: str
+    beta: float
+    weights: tuple[float, float] = (1.0, 1.0)
+    _gains: list[Tensor] = field(default_factory=list)
+    """Since the last `metrics`: of each row the (implied) reward, positive where it goes the wanted way."""
+
+    def loss(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        """Mean over the batch's rows. logits: [2 B, K, V], labels: [2 B, K], pair by pair."""
+        policy = log_probabilities(logits, labels).view(-1, 2)
+        reference = extras[REFERENCE].to(policy.device)
+        ratios = (policy - reference).detach()
+        if self.kind == "dpo":
+            self._gains.append(self.beta * (ratios[:, 0] - ratios[:, 1]))
+            return dpo(policy, reference, self.beta).mean()
+        desirable = extras[DESIRABLE].to(policy.device)
+        self._gains.append(self.beta * torch.where(desirable, ratios[:, 0], -ratios[:, 0]))
+        return kto(policy, reference, desirable, self.beta, self.weights).mean()
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: the mean margin, and the share of rows that have one."""
+        if not self._gains:
+            return {}
+        gains = torch.cat(self._gains)
+        self._gains.clear()
+        return {"reward_margin": float(gains.mean()), "reward_accuracy": float((gains > 0).float().mean())}
+
+    @torch.no_grad()
+    def add_references(self, trainer: Trainer, features: Sequence[dict[str, Any]]) -> None:
+        """Put the base model's log-probabilities into each feature: the model's with all adapters aside."""
+        model: Any = trainer.model
+        collator = trainer.data_collator
+        assert isinstance(collator, PreferenceCollator)
+        size = trainer.args.per_device_eval_batch_size
+        training = model.training
+        model.eval()
+        with Host.of(model).aside(), trainer.compute_loss_context_manager():
+            starts = range(0, len(features), size)
+            for start in tqdm(starts, "reference", unit="batch", disable=not sys.stderr.isatty()):
+                chunk = features[start : start + size]
+                batch = {
+                    name: value.to(model.device) if isinstance(value, Tensor) else value
+                    for name, value in collator.inner([s for f in chunk for s in f["pair"]]).items()
+                }
+                labels = batch.pop("labels")
+                sums = log_probabilities(model(**batch).logits, labels).view(-1, 2)
+                for feature, pair in zip(chunk, sums.tolist(), strict=True):
+                    feature[REFERENCE] = pair
+        model.train(training)

@@ -1,0 +1,103 @@
+"""A run that can begin: everything checked and attached, and the Trainer that drives it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from peftmux.trainer.card import DataFacts
+from peftmux.trainer.data import PackedCollator, PaddingCollator, PreferenceCollator, check_packing, pack_features
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.methods import AttachedAdapter, Method
+from peftmux.trainer.objective import Preference
+from peftmux.trainer.options import NEXT_TOKEN, RunOptions
+
+_PACK = 512
+"""Tokens."""
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""One switch under its older and its newer name; transformers before 5.20 or so has the first alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything a run needs, checked; the adapter is in the model."""
+
+    method: Method
+    options: RunOptions
+    config: Any
+    training: Mapping[str, Any]
+    model: Any
+    tokenizer: Any
+    args: TrainingArguments
+    data: DataFacts
+    eval_data: DataFacts | None
+    adapter: AttachedAdapter
+    base_parameters: int
+
+    def loss_options(self) -> dict[str, object]:
+        """What decides the loss, where it is not the model's own."""
+        options = self.options
+        names = {"dpo": ("beta",), "kto": ("beta", "desirable_weight", "undesirable_weight")}.get(options.loss, ())
+        return {"loss": options.loss, **{name: getattr(options, name) for name in names}} if names else {}
+
+
+def make_trainer(ready: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> AdapterTrainer:
+    args, data = ready.args, ready.data
+    names = [name for name in CHECKPOINTING if getattr(args, name, None)]
+    if names and ready.adapter.checkpoint_activations():
+        for name in names:
+            setattr(args, name, False)
+    patience = ready.options.early_stopping_patience
+    run = {"options": dataclasses.asdict(ready.config), "data": data.sha256, "seed": args.seed}
+    shape = _packed if ready.options.packing else _padded
+    preference = _preference(ready.options)
+    sets = [shape(ready, data), shape(ready, ready.eval_data) if ready.eval_data else None]
+    trainer = AdapterTrainer(
+        ready.adapter,
+        {"method": ready.method.name, **ready.loss_options(), **run},
+        preference,
+        model=ready.model,
+        args=args,
+        train_dataset=sets[0],
+        eval_dataset=sets[1],
+        data_collator=_collator(ready),
+        callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
+    )
+    if preference is not None:
+        for features in filter(None, sets):
+            preference.add_references(trainer, features)
+    return trainer
+
+
+def _preference(options: RunOptions) -> Preference | None:
+    if options.loss == NEXT_TOKEN:
+        return None
+    return Preference(options.loss, options.beta, (options.desirable_weight, options.undesirable_weight))
+
+
+def _padded(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
+    return data.encoded.features()
+
+
+def _packed(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
+    """Packs of the data's rows. Raises OptionError where packing is not exact."""
+    if ready.adapter.prefix or ready.adapter.virtual:
+        raise OptionError("packing", f"{ready.method.name} puts something in front of each row: train without packing")
+    features = data.encoded.features()
+    check_packing(ready.model, features)
+    return pack_features(features, ready.options.pack_length or max(_PACK, max(len(f["input_ids"]) for f in features)))
+
+
+def _collator(ready: Prepared) -> PaddingCollator | PackedCollator | PreferenceCollator:
+    tokenizer = ready.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if ready.options.packing:
+        return PackedCollator(pad or 0)
+    padding = PaddingCollator(pad or 0, "logits_to_keep" in inspect.signature(ready.model.forward).parameters)
+    return padding if ready.options.loss == NEXT_TOKEN else PreferenceCollator(padding)
