@@ -29,9 +29,10 @@ from peftmux.adapters.parts import (
     RouterPart,
     SparsePart,
 )
+from peftmux.adapters.tables import table_scale
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.bottleneck import apply_bottleneck, apply_fusion
-from peftmux.kernels.embedding import apply_embedding_part
+from peftmux.kernels.embedding import apply_embedding_part, scaled_part
 from peftmux.kernels.inputs import scale_input
 from peftmux.kernels.lowrank import apply_linear_part
 from peftmux.kernels.norms import apply_norm_part
@@ -133,7 +134,11 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
     """Within it, `module` also does what the adapter says to rows `ids` [rows, T]."""
     active = _active(ids, adapter.invocation).flatten().unsqueeze(-1)  # [rows * T, 1]
 
+    factor = table_scale(module.get_input_embeddings()) or 1.0  # type: ignore[operator]
+
     def hook(change: Any, part: Any) -> Any:
+        part = scaled_part(part, factor) if change is apply_embedding_part else part
+
         def changed(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             y = output.reshape(-1, output.shape[-1])
             x = inputs[0].reshape(-1) if change is apply_embedding_part else inputs[0].reshape(len(y), -1)

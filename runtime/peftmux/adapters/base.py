@@ -119,7 +119,7 @@ class BaseModel(Protocol):
 
     @property
     def embedding(self) -> str:
-        """Module path of the input embedding; "" where it is more than a table (some scale what they look up)."""
+        """Module path of the input embedding; "" where it is more than a table of rows, scaled or not."""
         ...
 
     @property

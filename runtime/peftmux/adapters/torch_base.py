@@ -18,6 +18,7 @@ from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_layers, norm_site
 from peftmux.adapters.quantised import dequantised, is_quantised
 from peftmux.adapters.stream import stream_layers
+from peftmux.adapters.tables import table_scale
 
 
 class TorchBase:
@@ -89,7 +90,7 @@ class TorchBase:
     @cached_property
     def embedding(self) -> str:
         table = self.module.get_input_embeddings()  # type: ignore[operator]
-        return _path(self.module, table) if type(table) is nn.Embedding else ""
+        return _path(self.module, table) if table_scale(table) is not None else ""
 
     @property
     def embedding_width(self) -> int:

@@ -8,7 +8,7 @@ is one scale for each embedding dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ class EmbeddingPart:
     @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
+
+
+def scaled_part(part: EmbeddingPart, factor: float) -> EmbeddingPart:
+    """The same change of a table whose rows are multiplied by `factor` when they are looked up."""
+    rows = None if part.rows is None else part.rows * factor
+    return replace(part, scale=part.scale * factor, rows=rows)
 
 
 def apply_embedding_part(y: Tensor, ids: Tensor, part: EmbeddingPart) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftmux.kernels.embedding.reference import EmbeddingPart, apply_embedding_part
+from peftmux.kernels.embedding.reference import EmbeddingPart, apply_embedding_part, scaled_part
 from peftmux.kernels.lowrank import Segments
 
 
@@ -22,8 +22,10 @@ class PreparedEmbedding:
 class EmbeddingSite:
     """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, factor: float = 1.0) -> None:
+        """factor: what the base multiplies its rows with when they are looked up."""
         self._device = device
+        self._factor = factor
         self._held: dict[int, EmbeddingPart] = {}
 
     @property
@@ -31,6 +33,7 @@ class EmbeddingSite:
         return not self._held
 
     def prepare(self, part: EmbeddingPart) -> PreparedEmbedding:
+        part = scaled_part(part, self._factor)
         pieces = (part.a, part.b, part.out_scale, part.ids, part.rows)
         a, b, out_scale, ids, rows = (None if t is None else t.to(self._device).contiguous() for t in pieces)
         size = sum(t.nbytes for t in (a, b, out_scale, ids, rows) if t is not None)

@@ -16,6 +16,7 @@ from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.experts import parameter_names
 from peftmux.adapters.parts import VIRTUAL_TOKENS, VirtualRows
 from peftmux.adapters.stream import stream_layers
+from peftmux.adapters.tables import table_scale
 from peftmux.kernels.head import HeadSite
 from peftmux.runtime.model.discover import AttentionLayer
 from peftmux.runtime.model.first_pass import shows_its_hidden_state
@@ -47,7 +48,7 @@ class Anatomy:
     def of(cls, module: PreTrainedModel) -> Anatomy:
         paths = {id(m): name for name, m in module.named_modules() if name}
         table, head = module.get_input_embeddings(), module.get_output_embeddings()
-        plain_table, plain_head = type(table) is nn.Embedding, type(head) is nn.Linear
+        plain_table, plain_head = table_scale(table) is not None, type(head) is nn.Linear
         return cls(
             module_names=frozenset(paths.values()),
             parameter_names=parameter_names(module),

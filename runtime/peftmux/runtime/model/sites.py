@@ -153,12 +153,13 @@ class SiteGroup:
 class SiteEmbedding(nn.Module):
     """Stands where the input embedding stood, and keeps its own forward (some scale what they look up)."""
 
-    def __init__(self, base: nn.Module, step: StepState) -> None:
+    def __init__(self, base: nn.Module, step: StepState, factor: float) -> None:
+        """factor: what `base` multiplies its rows with."""
         super().__init__()
         self.base = base
         weight = base.weight
         assert isinstance(weight, Tensor)
-        self.site = EmbeddingSite(weight.device)
+        self.site = EmbeddingSite(weight.device, factor)
         self._step = step
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_site
 from peftmux.adapters.parts import FIRST_PASS, IMAGES, LADDER, VIRTUAL_TOKENS, ClassifierPart, VirtualRows, VisionPart
 from peftmux.adapters.quantised import is_linear, is_quantised
+from peftmux.adapters.tables import table_scale
 from peftmux.kernels.bottleneck import Bottleneck, Fusion
 from peftmux.kernels.dense import DenseForm
 from peftmux.kernels.elementwise import choose_elementwise
@@ -124,10 +125,11 @@ class Swapper:
         table = self._model.get_input_embeddings()
         path = next(name for name, module in self._model.named_modules() if module is table)
         if isinstance(table, nn.Embedding):
-            swapped = SiteEmbedding(table, self._step)
+            factor = table_scale(table)
+            swapped = SiteEmbedding(table, self._step, factor or 1.0)
             self._model.set_input_embeddings(swapped)
             self.places[VirtualRows, VIRTUAL_TOKENS] = self.virtual
-            if type(table) is nn.Embedding:  # others scale what they look up, for instance
+            if factor is not None:
                 self.places[EmbeddingPart, path] = swapped.site
 
     def _find_feed_forward(self, path: str, module: nn.Module) -> Mixtures | None:
