@@ -29,6 +29,7 @@ NAMES = {
     "peftmux_queue_time_seconds": "histogram",
     "peftmux_request_success_total": "counter",
     "peftmux_adapter_load_failures_total": "counter",
+    "peftmux_decode_graph_failures_total": "counter",
     "peftmux_adapter_load_seconds": "histogram",
     "peftmux_adapter_loaded": "gauge",
     "peftmux_adapter_tokens_total": "counter",
@@ -79,6 +80,7 @@ async def test_the_engines_reports_are_counted():
     observer.finished("length", 2.5, "", 7, 3)
     observer.adapter_loaded(0.3)
     observer.adapter_refused()
+    observer.graphs_failed()
     value = metrics.registry.get_sample_value
     assert value("peftmux_step_seconds_sum") == 0.004
     assert value("peftmux_batch_tokens_bucket", {"le": "32.0"}) == 0
@@ -93,6 +95,7 @@ async def test_the_engines_reports_are_counted():
     assert value("peftmux_request_success_total", {"finished_reason": "length"}) == 1
     assert value("peftmux_adapter_load_seconds_sum") == 0.3
     assert value("peftmux_adapter_load_failures_total") == 1
+    assert value("peftmux_decode_graph_failures_total") == 1
     assert metrics.engine.adapter_tokens.samples() == [("a", "prompt", 10), ("a", "generation", 5)]
 
 

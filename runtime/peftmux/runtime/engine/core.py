@@ -72,6 +72,9 @@ class EngineCore:
         for request_id in list(self._requests):
             self.abort(request_id, error)
 
+    def warm_up(self) -> None:
+        self._runner.warm_up()
+
     def step(self) -> None:
         """Run one step if there is work. Raises RuntimeError when the device fails again and again."""
         self._expire()

@@ -20,6 +20,7 @@ from peftmux.runtime.engine.text import Text
 from peftmux.runtime.engine.thread import EngineThread
 from peftmux.runtime.errors import InvalidRequest, UnsupportedModel
 from peftmux.runtime.model.cache import block_bytes
+from peftmux.runtime.model.graphs import decode_graphs
 from peftmux.runtime.model.load import load_model
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.runner import Runner
@@ -90,6 +91,7 @@ async def start_engine(config: EngineConfig, observer: EngineObserver) -> LocalE
     try:
         for name, folder in config.adapters:
             await engine.load_at_start(name, folder)
+        await engine.warm_up()
         if config.watch_seconds is not None:
             await _follow(engine, config.adapters_root, config.watch_seconds)
     except BaseException:
@@ -108,7 +110,8 @@ def build_engine(
     num_blocks = _num_blocks(model, config)
     budget = config.max_batch_tokens or (512 if model.device.type == "cpu" else 2048)
     scheduler = Scheduler(num_blocks, config.block_size, budget, config.max_rows, config.prefix_caching)
-    runner = Runner(model, num_blocks, config.block_size)
+    graphs = decode_graphs(model, config.max_rows, observer.graphs_failed)
+    runner = Runner(model, num_blocks, config.block_size, graphs)
 
     def release(active: ActiveRequest) -> None:
         if active.revision is not None:

@@ -197,6 +197,10 @@ class LocalEngine:
         self._follower = Follower(self._adapters, root, seconds)
         await self._follower.start()
 
+    async def warm_up(self) -> None:
+        """Before the first request, so that none waits for it."""
+        await asyncio.wrap_future(self._thread.ask(self._core.warm_up))
+
     async def unload_adapter(self, name: str, *, wait: bool = True) -> AdapterInfo:
         return await self._adapters.unload(name, wait)
 

@@ -24,6 +24,10 @@ class EngineObserver(Protocol):
 
     def adapter_refused(self) -> None: ...
 
+    def graphs_failed(self) -> None:
+        """Decode steps cannot be captured on this device: every step runs as it comes."""
+        ...
+
 
 class NullObserver:
     """Reports to nobody."""
@@ -47,4 +51,7 @@ class NullObserver:
         pass
 
     def adapter_refused(self) -> None:
+        pass
+
+    def graphs_failed(self) -> None:
         pass

@@ -200,6 +200,7 @@ class DevicePlacement:
         self._next = max(self._next, slot + 1)
         for site, prepared in adapter.sites:
             site.put(slot, prepared)
+        self._runner.placed(slot, [site for site, _ in adapter.sites])
         self.bytes += needed
         self._caches.update(adapter.caches)
         return Placed(
@@ -248,6 +249,7 @@ class DevicePlacement:
         """The last row that used it has ended."""
         for site in placed.sites:
             site.drop(placed.slot)
+        self._runner.removed(placed.slot, placed.sites)
         for prefix in placed.prefixes:
             self._scheduler.free_prefix(prefix)
         self._free.append(placed.slot)

@@ -53,6 +53,10 @@ class PagedCache:
             index = torch.tensor(slots, device=layer.k_cache.device)
             layer.path.write_kv(_like(k, layer.k_cache), _like(v, layer.v_cache), layer.k_cache, layer.v_cache, index)
 
+    def slot(self, blocks: Sequence[int], position: int) -> int:
+        """Where this position of a row with these blocks lies in the flattened cache."""
+        return blocks[position // self.block_size] * self.block_size + position % self.block_size
+
     def slots(self, blocks: Sequence[int], start: int, stop: int) -> list[int]:
         """Where positions start .. stop - 1 of a row with these blocks lie in the flattened cache."""
         size = self.block_size

@@ -1,8 +1,8 @@
-"""Runs one step: the plan's plain values to tensors, through the model, to tokens and log-probabilities."""
+"""Launches steps: the plan's plain values to tensors, through the model, to tokens and log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.model.cache import PagedCache
+from peftmux.runtime.model.graphs import DecodeGraphs
 from peftmux.runtime.model.images import attention_rows, image_vectors
+from peftmux.runtime.model.launched import Launched, predicting
 from peftmux.runtime.model.loaded import LoadedModel
-from peftmux.runtime.model.sampler import prompt_logprobs, sample
-from peftmux.runtime.model.states import read_out
-from peftmux.runtime.model.step import SlotRows, StepInputs, index_tensor
+from peftmux.runtime.model.sites import Site
+from peftmux.runtime.model.staging import to_device
+from peftmux.runtime.model.step import SlotRows, StepInputs
 from peftmux.runtime.model.virtual import joined, virtual_vectors
-from peftmux.runtime.params import State, TokenLogprob
-from peftmux.runtime.scheduler.plan import RowPlan, RowResult, StepPlan, StepResult
+from peftmux.runtime.scheduler.plan import RowPlan, StepPlan, StepResult
 
 BASE_SLOT = 0
 
@@ -25,27 +26,51 @@ BASE_SLOT = 0
 class Runner:
     """Owns the paged cache. Used by one thread."""
 
-    def __init__(self, model: LoadedModel, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: LoadedModel, num_blocks: int, block_size: int, graphs: DecodeGraphs | None = None
+    ) -> None:
+        """graphs: what replays steps that only decode; None runs every step as it comes."""
         self.model = model
         self.cache = PagedCache(model, num_blocks, block_size)
         self.cache.attach()
+        self.graphs = graphs
         self._first_pass = model.first_pass
         self._first_pass.bind(lambda: PagedCache(model, num_blocks, block_size))
         model.ladders.bind(num_blocks, block_size)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        self.cache.copy(plan.copies)
-        inputs = self._inputs(plan.rows)
-        if not self._first_pass.empty:
-            inputs = self._with_shares(inputs, plan)
-        logits = self.model.forward(inputs)
-        states: Mapping[int, tuple[State, ...]] = {}
-        if inputs.states is not None:
-            states = read_out(self.model.states(inputs), plan.rows, self.model.heads)
-        return StepResult(_results(plan.rows, logits, states))
+        return self.launch(plan).result()
 
-    def _with_shares(self, inputs: StepInputs, plan: StepPlan) -> StepInputs:
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, before: Launched | None = None) -> Launched:
+        """Start a step; its result may be taken later. `before`: the last step, where rows await what it draws."""
+        self.cache.copy(plan.copies)
+        if self.graphs is not None and self.graphs.takes(plan.rows):
+            return Launched(plan.rows, self.graphs.run(plan.rows, self.cache, before), None, self.model.heads)
+        inputs = self._inputs(plan.rows, before)
+        if not self._first_pass.empty:
+            inputs = self._with_shares(inputs, plan, before)
+        logits = self.model.forward(inputs)
+        states = None if inputs.states is None else self.model.states(inputs)
+        return Launched(plan.rows, logits, states, self.model.heads)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture what can be, so that no request waits for it. In the thread that runs steps, before the first."""
+        if self.graphs is not None:
+            self.graphs.warm_up()
+
+    def placed(self, slot: int, sites: Collection[Site]) -> None:
+        """An adapter has been put into these sites, between steps."""
+        if self.graphs is not None:
+            self.graphs.placed(slot, sites)
+
+    def removed(self, slot: int, sites: Collection[Site]) -> None:
+        """An adapter has been dropped from these sites, between steps."""
+        if self.graphs is not None:
+            self.graphs.removed(slot, sites)
+
+    def _with_shares(self, inputs: StepInputs, plan: StepPlan, before: Launched | None) -> StepInputs:
         """Run the base model over the rows whose experts' shares it decides, in its own cache."""
         first = self._first_pass
         assert first.cache is not None, "made when the first such adapter was prepared"
@@ -55,7 +80,7 @@ class Runner:
             return inputs
         first.cache.attach()
         try:
-            hidden = self.model.hidden(self._inputs([replace(row, slot=BASE_SLOT) for row in rows]))
+            hidden = self.model.hidden(self._inputs([replace(row, slot=BASE_SLOT) for row in rows], before))
         finally:
             self.cache.attach()
         shares = first.shares(hidden, [row.slot for row in rows], [len(row.tokens) for row in rows])
@@ -66,7 +91,7 @@ class Runner:
         """Keys and values of tokens that are vectors: embeddings [T, D], of the rows' tokens in order."""
         self.model.compute(self._inputs(rows), embeddings)
 
-    def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
+    def _inputs(self, rows: Sequence[RowPlan], before: Launched | None = None) -> StepInputs:
         device = self.model.device
         ids: list[int] = []
         positions: list[int] = []
@@ -79,12 +104,12 @@ class Runner:
             ids += row.tokens
             positions += range(row.start + row.position_offset, stop + row.position_offset)
             cache_slots += self.cache.slots(row.blocks, row.start, stop)
-            predicting = _predicting(row)
-            keep += [first + i for i in predicting]
+            wanted = predicting(row)
+            keep += [first + i for i in wanted]
             read += [first + i for i in row.reads]
             passive = row.active_from - row.start
             tokens.add(row.slot, passive, len(row.tokens))
-            kept.add(row.slot, sum(i < passive for i in predicting) if passive > 0 else 0, len(predicting))
+            kept.add(row.slot, sum(i < passive for i in wanted) if passive > 0 else 0, len(wanted))
         vectors = None
         if not self.model.virtual.empty:
             vectors = virtual_vectors(rows, self.model.virtual)
@@ -95,15 +120,18 @@ class Runner:
             ladders = self.model.ladders.rows(rows, positions, cache_slots)
         if vectors is not None:
             ids = [max(token, 0) for token in ids]
+        staged = to_device([ids, positions, cache_slots, keep, read], device)
+        if before is not None:
+            before.fill_in(staged[0], rows)
         return StepInputs(
-            ids=index_tensor(ids, device).unsqueeze(0),
-            positions=index_tensor(positions, device).unsqueeze(0),
-            slots=index_tensor(cache_slots, device),
+            ids=staged[0].unsqueeze(0),
+            positions=staged[1].unsqueeze(0),
+            slots=staged[2],
             rows=attention_rows(rows, device),
             segments=Segments.build(tokens.slots, tokens.lens, device),
-            keep=index_tensor(keep, device),
+            keep=staged[3],
             kept=Segments.build(kept.slots, kept.lens, device),
-            states=index_tensor(read, device) if read else None,
+            states=staged[4] if read else None,
             vectors=vectors,
             ladders=ladders,
         )
@@ -124,50 +152,3 @@ class _Runs:
             count -= min(passive, count)
         self.slots.append(slot)
         self.lens.append(count)
-
-
-def _predicting(row: RowPlan) -> list[int]:
-    """The row's tokens whose logits are needed: those that predict prompt tokens, then the one that samples."""
-    first = row.prompt_logprobs_from
-    indices = list(range(first, first + len(row.next_tokens)))
-    if row.samples:
-        indices.append(len(row.tokens) - 1)
-    return indices
-
-
-def _reported(row: RowPlan, logits: Tensor) -> tuple[TokenLogprob, ...]:
-    """Of the prompt tokens that this step predicts. A virtual token predicts nothing, and nothing predicts one."""
-    following = row.next_tokens
-    top = row.output.prompt_logprobs or 0
-    own = row.tokens[row.prompt_logprobs_from : row.prompt_logprobs_from + len(following)]
-    if min(min(own), min(following)) >= 0:
-        return prompt_logprobs(logits, following, top)
-    entries = prompt_logprobs(logits, [max(token, 0) for token in following], top)
-    return tuple(
-        entry if before >= 0 and after >= 0 else TokenLogprob(after, None)
-        for before, after, entry in zip(own, following, entries, strict=False)
-    )
-
-
-def _results(rows: Sequence[RowPlan], logits: Tensor, states: Mapping[int, tuple[State, ...]]) -> tuple[RowResult, ...]:
-    """logits: [S, V], the rows' predicting tokens in order; states: by row."""
-    sampling = [row for row in rows if row.samples]
-    prompts: dict[int, tuple[TokenLogprob, ...]] = {}
-    drawn_from: list[int] = []
-    at = 0
-    for row in rows:
-        if row.next_tokens:
-            part = logits[at : at + len(row.next_tokens)]
-            prompts[row.row] = _reported(row, part)
-            at += len(row.next_tokens)
-        if row.samples:
-            drawn_from.append(at)
-            at += 1
-    if prompts:
-        logits = logits[drawn_from]
-    drawn = dict(zip((r.row for r in sampling), sample(logits, sampling), strict=True)) if sampling else {}
-    results = []
-    for row in rows:
-        token, logprob = drawn.get(row.row, (None, None))
-        results.append(RowResult(row.row, token, logprob, prompts.get(row.row, ()), states.get(row.row, ())))
-    return tuple(results)

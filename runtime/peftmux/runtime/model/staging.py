@@ -21,13 +21,13 @@ def to_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tens
     if device.type == "cpu":
         return [torch.tensor(values, dtype=torch.int64) for values in lists]
     sizes = [len(values) for values in lists]
-    return pieces(pinned(lists).to(device, non_blocking=True), sizes)
+    return pieces(packed(lists, device).to(device, non_blocking=True), sizes)
 
 
-def pinned(lists: Sequence[Sequence[int]]) -> Tensor:
-    """The lists one after the other, each begun at a multiple of 16 bytes, in pinned memory where there is a GPU."""
+def packed(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The lists one after the other, each begun at a multiple of 16 bytes, on the host: pinned for a GPU."""
     starts, total = _starts([len(values) for values in lists])
-    host = torch.zeros(total, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    host = torch.zeros(total, dtype=torch.int64, pin_memory=device.type == "cuda")
     into = host.numpy()
     for start, values in zip(starts, lists, strict=True):
         into[start : start + len(values)] = values
@@ -35,13 +35,13 @@ def pinned(lists: Sequence[Sequence[int]]) -> Tensor:
 
 
 def pieces(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Views of `whole`, laid out as `pinned` lays out lists of these sizes."""
+    """Views of `whole`, laid out as `packed` lays out lists of these sizes."""
     starts, _ = _starts(sizes)
     return [whole[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
 def room(sizes: Sequence[int]) -> int:
-    """int64 values that `pinned` needs for lists of these sizes."""
+    """int64 values that `packed` needs for lists of these sizes."""
     return _starts(sizes)[1]
 
 

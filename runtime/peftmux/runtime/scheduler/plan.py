@@ -66,6 +66,8 @@ class RowPlan:
     """With `readout`: the first of `tokens` whose final hidden state is read; len(tokens) where none is."""
     images: tuple[ImageSpan, ...] = ()
     """Of which `tokens` has any."""
+    awaits: bool = False
+    """The last of `tokens` is not known yet: it is what this row draws in the step that was launched last."""
 
     @property
     def reads(self) -> tuple[int, ...]:

@@ -70,6 +70,11 @@ class EngineMetrics:
         self._refused = Counter(
             "peftmux_adapter_load_failures", "Loads that failed, watched folders included.", registry=registry
         )
+        self._graphs = Counter(
+            "peftmux_decode_graph_failures",
+            "Captures of decode steps that failed: none is used then.",
+            registry=registry,
+        )
         self._step = _seconds("step", "One step of the engine.", _STEP, registry)
         self._batch = Histogram("peftmux_batch_tokens", "Tokens in a step.", buckets=_TOKENS, registry=registry)
 
@@ -100,6 +105,9 @@ class EngineMetrics:
 
     def adapter_refused(self) -> None:
         self._refused.inc()
+
+    def graphs_failed(self) -> None:
+        self._graphs.inc()
 
 
 class RpcMetrics:
