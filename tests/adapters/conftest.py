@@ -22,6 +22,7 @@ from peftmux.adapters.parts import (
     ExpertsPart,
     Fusion,
     InputScale,
+    Ladder,
     LinearPart,
     LoweredAdapter,
     NormPart,
@@ -34,6 +35,7 @@ from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.bottleneck import apply_bottleneck, apply_fusion
 from peftmux.kernels.embedding import apply_embedding_part, scaled_part
 from peftmux.kernels.inputs import scale_input
+from peftmux.kernels.ladder import apply_ladder
 from peftmux.kernels.lowrank import apply_linear_part
 from peftmux.kernels.norms import apply_norm_part
 from peftmux.kernels.rows import apply_replaced_rows
@@ -111,6 +113,26 @@ def _hook_branch(module: nn.Module, branch: ResidualBranch, part: Bottleneck | F
     return [norm.register_forward_pre_hook(read), own.register_forward_hook(changed)]
 
 
+def _hook_ladder(module: Any, ladder: Ladder) -> list[Any]:
+    stream: list[Tensor] = []
+
+    def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        stream[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        stream.append(output[0] if isinstance(output, tuple) else output)
+
+    def end(_module: nn.Module, _args: Any, output: Any) -> Any:
+        final = output.last_hidden_state
+        output.last_hidden_state = apply_ladder(stream, final, ladder, torch.arange(final.shape[1]))
+        return output
+
+    layers = [module.get_submodule(path) for path in TorchBase(module).stream_layers]
+    hooks = [layer.register_forward_hook(leave) for layer in layers]
+    begin = layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+    return [begin, *hooks, module.get_decoder().register_forward_hook(end)]
+
+
 def _along(active: Tensor, output: Tensor) -> Tensor:
     """active: [rows * T, 1], shaped for an output [rows * T, D], [rows, T, ..., D] or [rows, heads, T, D]."""
     if output.dim() == 2:
@@ -158,6 +180,9 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
         for s, p in parts
         if type(p) in _CHANGES
     ]
+    for _, p in parts:
+        if isinstance(p, Ladder):
+            handles += _hook_ladder(module, p)
     handles += [_hook_norm(module.get_submodule(s), p, active) for s, p in parts if isinstance(p, NormPart)]
     for s, p in parts:
         if isinstance(p, Bottleneck | Fusion):

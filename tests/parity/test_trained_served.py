@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"r": 4, "lora_alpha": 4},
     "dora": {"r": 4},
     "prefix": {"num_virtual_tokens": 5},
+    "ladder": {"reduction_factor": 2},
 }
 PROMPTS = ([5, 9, 17, 33, 60, 7], [44, 12, 80], [21] * 19)
 

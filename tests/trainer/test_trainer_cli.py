@@ -19,6 +19,7 @@ METHOD_FLAGS = {
         *("--layers-pattern", "--rank-pattern", "--alpha-pattern", "--use-rslora"),
     },
     "prefix": {"--num-virtual-tokens", "--prefix-init", "--prefix-init-text"},
+    "ladder": {"--reduction-factor", "--layers", "--hidden-act", "--temperature", "--merge"},
 }
 METHOD_FLAGS["dora"] = METHOD_FLAGS["pissa"] = METHOD_FLAGS["lora"]
 METHOD_FLAGS["lora-plus"] = METHOD_FLAGS["lora"] | {"--loraplus-lr-ratio"}

@@ -34,6 +34,7 @@ SPECS: list[dict[str, Any]] = [
     {"name": "biases", "method": "bitfit", "max_steps": 4},
     {"name": "whole", "method": "layers", "max_steps": 4},
     {"name": "difference", "method": "diffpruning", "sparsity": 0.1, "max_steps": 6},
+    {"name": "beside", "method": "ladder", "max_steps": 5},
     {"name": "directions", "method": "pissa", "r": 2, "num_train_epochs": 2},
 ]
 

@@ -44,6 +44,13 @@ def stream_layers(model: nn.Module) -> tuple[str, ...]:
     return tuple(path for path, _ in layers) if shaped and chained and len(given) == len(layers) else ()
 
 
+def decoders(module: Any) -> list[nn.Module]:
+    """The modules of a causal model that may give it the final hidden states; some call an inner one (OPT)."""
+    under = module.base_model
+    found = (getattr(under, "decoder", None), under)
+    return [one for one in found if isinstance(one, nn.Module) and one is not module]
+
+
 def stream_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """What a layer reads of the arguments it is called with."""
     value = args[0] if args else kwargs.get("hidden_states")

@@ -109,6 +109,7 @@ class Host:
             getattr(self.model, _MODULE)[adapter.key] = adapter.modules.train(self.model.training)
         if self._hook is None and (adapter.prefix or adapter.virtual):
             self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        adapter.installed()
 
     def remove(self, adapter: AttachedAdapter) -> None:
         del self._adapters[adapter.key]
@@ -125,6 +126,7 @@ class Host:
         if self._hook is not None and not any(a.prefix or a.virtual for a in self._adapters.values()):
             self._hook.remove()
             self._hook = None
+        adapter.removed()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -159,6 +161,10 @@ class Host:
             yield
         finally:
             self.spans = before
+
+    def rows_of(self, key: str) -> slice | None:
+        """The batch's rows that are this adapter's; None where it has none."""
+        return slice(None) if self.spans is None else dict(self.spans).get(key)
 
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

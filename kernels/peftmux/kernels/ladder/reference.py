@@ -104,10 +104,10 @@ def apply_ladder(
 ) -> Tensor:
     """The definition above for whole sequences, differentiable; the base's tensors may be detached.
 
-    stream: h[0] .. h[L], each [..., T, D]; final: [..., T, F]; positions: [T] -> [..., T, F] in final's dtype.
-    attend: causal over T unless given, as padding or packing may ask for.
+    stream: h[0] .. h[L], each [..., T, D]; final: [..., T, F]; positions: [T] or [..., T] -> [..., T, F] in final's
+    dtype. attend: causal over T unless given, as padding or packing may ask for.
     """
-    attention = attend or _causal
+    attention = attend or causal
     turn = rotation(positions, ladder)
     side = start(stream[0], ladder)
     for rung in ladder.rungs:
@@ -116,7 +116,10 @@ def apply_ladder(
 
 
 def rotation(positions: Tensor, ladder: Ladder) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [T, 1, E] float32: the angle p / theta^(2 i / E), for both halves of a head."""
+    """positions: [..., T] -> (cos, sin), each [..., T, 1, E] float32.
+
+    The angle is p / theta^(2 i / E), for both halves of a head.
+    """
     half = torch.arange(0, ladder.head_dim, 2, device=positions.device, dtype=torch.float32) / ladder.head_dim
     angles = positions.to(torch.float32).unsqueeze(-1) * ladder.rope_theta**-half
     angles = torch.cat([angles, angles], -1).unsqueeze(-2)
@@ -168,7 +171,10 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """`Attend` over whole sequences. seen: [..., T, T] bool, query by key, instead of all that came before."""
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
+    mask = None if seen is None else seen.unsqueeze(-3)
+    grouped = q.shape[-3] != k.shape[-3]
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=seen is None, enable_gqa=grouped)
     return out.transpose(-3, -2)

@@ -21,7 +21,6 @@ gated mean of both ("gate"). Tokens of the side network have the base's position
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -69,72 +68,70 @@ FIELDS: FieldTable = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    weight: str
-    bias: str | None
-
-    def build(self, tensors: Mapping[str, Tensor]) -> Affine:
-        return Affine(tensors[self.weight], None if self.bias is None else tensors[self.bias])
-
-
 def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
     """Check the config and every tensor's name and shape against the base."""
     fields = read_fields(config, FIELDS)
     layers = _layers(fields["layers"], base)
     heads, kv_heads = _heads(fields)
-    ledger, linears = Ledger(shapes), dict[str, _Linear]()
-
-    def linear(name: str, out: int | None, inside: int) -> int:
-        stem = f"{STEM}{name}"
-        size, _ = ledger.claim(f"{stem}.weight", (out, inside))
-        bias = f"{stem}.bias" if f"{stem}.bias" in ledger else None
-        if bias is not None:
-            ledger.claim(bias, (size,))
-        linears[name] = _Linear(f"{stem}.weight", bias)
-        return size
-
-    width = linear("first", None, base.hidden_size)
-    linear("up", base.state_width, width)
+    ledger = Ledger(shapes)
+    width = _claim_linear(ledger, "first", None, base.hidden_size)
+    _claim_linear(ledger, "up", base.state_width, width)
     ledger.claim(f"{STEM}norm.weight", (width,))
     if fields["merge"] == "gate":
         ledger.claim(f"{STEM}merge_gate", (1,))
     queries: int | None = None
     for layer in layers:
-        rung, block = f"rungs.{layer}.", f"rungs.{layer}.block."
-        linear(f"{rung}down", width, base.hidden_size)
-        ledger.claim(f"{STEM}{rung}gate", (1,))
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            ledger.claim(f"{STEM}{block}{norm}.weight", (width,))
-        queries = linear(f"{block}self_attn.q_proj", queries, width)
-        keys = _head_dim(queries, heads) * kv_heads
-        linear(f"{block}self_attn.k_proj", keys, width)
-        linear(f"{block}self_attn.v_proj", keys, width)
-        linear(f"{block}self_attn.o_proj", width, queries)
-        inner = linear(f"{block}mlp.gate_proj", None, width)
-        linear(f"{block}mlp.up_proj", inner, width)
-        linear(f"{block}mlp.down_proj", width, inner)
+        _claim_linear(ledger, f"rungs.{layer}.down", width, base.hidden_size)
+        ledger.claim(f"{STEM}rungs.{layer}.gate", (1,))
+        queries = _claim_block(ledger, f"rungs.{layer}.block.", width, queries, heads, kv_heads)
     ledger.close()
 
     def build(tensors: Mapping[str, Tensor]) -> Parts:
-        affine = {name: one.build(tensors) for name, one in linears.items()}
-        ladder = Ladder(
-            first=affine["first"],
-            rungs=tuple(_rung(layer, affine, tensors) for layer in layers),
-            norm=tensors[f"{STEM}norm.weight"],
-            up=affine["up"],
-            heads=heads,
-            kv_heads=kv_heads,
-            activation=fields["hidden_act"],
-            temperature=float(fields["temperature"]),
-            rope_theta=float(fields["rope_theta"]),
-            eps=float(fields["rms_norm_eps"]),
-            merge=fields["merge"],
-            merge_gate=tensors.get(f"{STEM}merge_gate"),
-        )
+        ladder = assemble(tensors, {**fields, "layers": layers, "num_key_value_heads": kv_heads})
         return Parts(others={LADDER: (ladder,)})
 
     return Plan("ladder", build)
+
+
+def _claim_linear(ledger: Ledger, name: str, out: int | None, inside: int) -> int:
+    """With its bias, if there is one. Returns how many values it gives."""
+    size, _ = ledger.claim(f"{STEM}{name}.weight", (out, inside))
+    if f"{STEM}{name}.bias" in ledger:
+        ledger.claim(f"{STEM}{name}.bias", (size,))
+    return size
+
+
+def _claim_block(ledger: Ledger, block: str, width: int, queries: int | None, heads: int, kv_heads: int) -> int:
+    """queries: how many values the first block's queries have, which is every block's. Returns it."""
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        ledger.claim(f"{STEM}{block}{norm}.weight", (width,))
+    queries = _claim_linear(ledger, f"{block}self_attn.q_proj", queries, width)
+    keys = _head_dim(queries, heads) * kv_heads
+    _claim_linear(ledger, f"{block}self_attn.k_proj", keys, width)
+    _claim_linear(ledger, f"{block}self_attn.v_proj", keys, width)
+    _claim_linear(ledger, f"{block}self_attn.o_proj", width, queries)
+    inner = _claim_linear(ledger, f"{block}mlp.gate_proj", None, width)
+    _claim_linear(ledger, f"{block}mlp.up_proj", inner, width)
+    _claim_linear(ledger, f"{block}mlp.down_proj", width, inner)
+    return queries
+
+
+def assemble(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Ladder:
+    """A ladder of tensors by their names in the file. `fields`: all that are honoured here, none left out."""
+    return Ladder(
+        first=_affine(tensors, "first"),
+        rungs=tuple(_rung(layer, tensors) for layer in fields["layers"]),
+        norm=tensors[f"{STEM}norm.weight"],
+        up=_affine(tensors, "up"),
+        heads=fields["num_attention_heads"],
+        kv_heads=fields["num_key_value_heads"],
+        activation=fields["hidden_act"],
+        temperature=float(fields["temperature"]),
+        rope_theta=float(fields["rope_theta"]),
+        eps=float(fields["rms_norm_eps"]),
+        merge=fields["merge"],
+        merge_gate=tensors.get(f"{STEM}merge_gate"),
+    )
 
 
 def kinds(base: BaseModel) -> tuple[str, ...]:
@@ -180,15 +177,19 @@ def _head_dim(queries: int, heads: int) -> int:
     return queries // heads
 
 
-def _rung(layer: int, affine: Mapping[str, Affine], tensors: Mapping[str, Tensor]) -> Rung:
+def _rung(layer: int, tensors: Mapping[str, Tensor]) -> Rung:
     rung, block = f"rungs.{layer}.", f"rungs.{layer}.block."
-    q, k, v, o = (affine[f"{block}self_attn.{name}_proj"] for name in "qkvo")
-    gate, up, down = (affine[f"{block}mlp.{name}_proj"] for name in ("gate", "up", "down"))
+    q, k, v, o = (_affine(tensors, f"{block}self_attn.{name}_proj") for name in "qkvo")
+    gate, up, down = (_affine(tensors, f"{block}mlp.{name}_proj") for name in ("gate", "up", "down"))
     before, between = (
         tensors[f"{STEM}{block}{name}.weight"] for name in ("input_layernorm", "post_attention_layernorm")
     )
     own = SideBlock(before, q, k, v, o, between, gate, up, down)
-    return Rung(layer, affine[f"{rung}down"], tensors[f"{STEM}{rung}gate"], own)
+    return Rung(layer, _affine(tensors, f"{rung}down"), tensors[f"{STEM}{rung}gate"], own)
+
+
+def _affine(tensors: Mapping[str, Tensor], name: str) -> Affine:
+    return Affine(tensors[f"{STEM}{name}.weight"], tensors.get(f"{STEM}{name}.bias"))
 
 
 METHOD = Method("LADDER", plan, kinds)

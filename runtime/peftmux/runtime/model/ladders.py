@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from peftmux.adapters.stream import stream_in, stream_out
+from peftmux.adapters.stream import decoders, stream_in, stream_out
 from peftmux.kernels.attention import AttentionPath, AttentionRows, choose_attention
 from peftmux.kernels.ladder import Ladder, climb, finish, rotation, start
 from peftmux.kernels.tree import mapped, tensors
 from peftmux.runtime.errors import AdapterMemoryExhausted
-from peftmux.runtime.model.states import decoders
 from peftmux.runtime.model.step import SlotRows, StepState, index_tensor
 from peftmux.runtime.scheduler.plan import RowPlan
 

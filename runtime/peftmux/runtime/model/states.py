@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftmux.adapters.stream import decoders
 from peftmux.kernels.head import HeadSite
 from peftmux.runtime.params import Readout, State
 from peftmux.runtime.scheduler.plan import RowPlan
@@ -37,13 +38,6 @@ class StateTap:
         assert states is not None, "no forward that keeps its states has run since the last call"
         self._states = None
         return states.view(-1, states.shape[-1]).index_select(0, keep)
-
-
-def decoders(module: Any) -> list[nn.Module]:
-    """The modules of a causal model that may give it the final hidden states; some call an inner one (OPT)."""
-    under = module.base_model
-    found = (getattr(under, "decoder", None), under)
-    return [one for one in found if isinstance(one, nn.Module) and one is not module]
 
 
 def read_out(states: Tensor, rows: Sequence[RowPlan], heads: HeadSite) -> dict[int, tuple[State, ...]]:

@@ -11,6 +11,7 @@ from peftmux.trainer.methods.bitfit import BITFIT
 from peftmux.trainer.methods.diffpruning import DIFFPRUNING
 from peftmux.trainer.methods.dora import DORA
 from peftmux.trainer.methods.ia3 import IA3
+from peftmux.trainer.methods.ladder import LADDER
 from peftmux.trainer.methods.layers import LAYERS
 from peftmux.trainer.methods.ln import LN
 from peftmux.trainer.methods.lora import LORA
@@ -27,7 +28,7 @@ __all__ = ["METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method"
 _ALL = (
     *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
     *(PREFIX, PROMPT, P_TUNING),
-    *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING),
+    *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER),
 )
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}

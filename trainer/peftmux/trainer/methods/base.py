@@ -131,6 +131,12 @@ class AttachedAdapter:
         """Save activation memory by recomputing layers. False: transformers' own way works with this adapter."""
         return False
 
+    def installed(self) -> None:
+        """The host has put the adapter into the model: now, or again after `Host.aside`."""
+
+    def removed(self) -> None:
+        """The host has taken it out."""
+
     def detach(self) -> None:
         """Give the model back as it was (its own parameters stay frozen)."""
         self._host.remove(self)
