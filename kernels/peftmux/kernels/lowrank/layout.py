@@ -33,6 +33,8 @@ class Prepared:
     """[N] float32, zeros where a slice has none."""
     experts: tuple[int, ...]
     """Of each slice, 0 where it has no gate."""
+    scales: tuple[float, ...]
+    """Of each slice."""
 
     @property
     def gated(self) -> bool:
@@ -51,10 +53,12 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device,
     panel: int | None = None,
+    most_experts: int | None = None,
 ) -> Prepared:
     """Cast and lay out one part per slice (None: this adapter leaves the slice alone).
 
-    B is cut into panels of so many columns, the last of a slice narrower; None makes a slice one panel.
+    B is cut into panels of so many columns, the last of a slice narrower; None makes a slice one panel. One gate weighs
+    at most `most_experts`, None for any number.
 
     Pure, so a loader thread may run it. Raises ValueError for wrong shapes and for values that are not finite in the
     site's dtype: rows of other adapters may share a product with them.
@@ -66,6 +70,8 @@ def prepare(
         _check(part, i, in_features, out)
     ranks = tuple(p.rank for p in present)
     experts = tuple(p.experts for p in present)
+    if most_experts is not None and max(experts) > most_experts:
+        raise ValueError(f"expected at most {most_experts} experts on this device, got {max(experts)}")
     a = torch.empty(sum(ranks) + sum(experts), in_features, dtype=dtype, device=device)
     b = torch.empty(sum(r * n for r, n in zip(ranks, slices, strict=True)), dtype=dtype, device=device)
     areas = torch.split(b, [r * n for r, n in zip(ranks, slices, strict=True)])
@@ -86,6 +92,7 @@ def prepare(
         out_scale=_per_output([p.out_scale for p in present], slices, 1.0, device) if changed else None,
         bias=_per_output([p.bias for p in present], slices, 0.0, device) if changed else None,
         experts=experts,
+        scales=tuple(p.scale for p in present),
     )
     for name in ("a", "b", "rank_scale", "out_scale", "bias"):
         value = getattr(prepared, name)

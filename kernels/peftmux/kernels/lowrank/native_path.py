@@ -34,6 +34,7 @@ class NativePath:
 
     name = "native"
     panel = _PANEL
+    most_experts = None
 
     def __init__(self, library: Library, in_features: int, slices: tuple[int, ...], dtype: torch.dtype) -> None:
         self._function = library.function("peftmux_lowrank", dtype)

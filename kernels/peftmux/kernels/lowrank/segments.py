@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from peftmux.kernels.lowrank.tiles import TileBuffer, Tiles, tiles_of
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:
@@ -21,6 +23,8 @@ class Segments:
     device: torch.device
     threads: int
     """How many threads torch gives the thread that built this."""
+    buffer: TileBuffer | None = None
+    """Where a CUDA graph reads the adapters of the step that it replays; None for a step that runs as it is built."""
 
     @classmethod
     def build(cls, slots: Sequence[int], lens: Sequence[int], device: torch.device | str = "cpu") -> Segments:
@@ -40,6 +44,14 @@ class Segments:
             start = end
         return cls(tuple(runs), start, torch.device(device), torch.get_num_threads())
 
+    @classmethod
+    def over(cls, buffer: TileBuffer, device: torch.device | str) -> Segments:
+        """For capturing a CUDA graph: whatever `buffer` holds at replay, also at sites that have no adapter yet.
+
+        Only forms of operators that read `tiles` can be captured: `runs` is empty.
+        """
+        return cls((), buffer.tokens, torch.device(device), torch.get_num_threads(), buffer)
+
     @cached_property
     def slots(self) -> tuple[int, ...]:
         """The adapters in this step, each once, ascending."""
@@ -57,3 +69,8 @@ class Segments:
         for slot, start, end in self.runs:
             owner[start:end] = slot
         return owner.to(self.device)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The tokens grouped by adapter, on the device."""
+        return self.buffer.tiles if self.buffer else tiles_of(self)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +15,41 @@ from peftmux.kernels.lowrank.native_path import NativePath
 from peftmux.kernels.lowrank.reference import LinearPart
 from peftmux.kernels.lowrank.segments import Segments
 from peftmux.kernels.lowrank.torch_path import TorchPath
+
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Path(Protocol):
+    """One form of the operator, with one site's adapters."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def panel(self) -> int | None:
+        """As `prepare` takes it."""
+        ...
+
+    @property
+    def most_experts(self) -> int | None:
+        """As `prepare` takes it."""
+        ...
+
+    def put(self, slot: int, prepared: Prepared) -> None: ...
+
+    def drop(self, slot: int) -> None: ...
+
+    def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None: ...
+
+
+def _path(in_features: int, slices: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Path:
+    """The fastest that this device and dtype have."""
+    if device.type == "cuda" and dtype in _TRITON_DTYPES and importlib.util.find_spec("triton"):
+        from peftmux.kernels.lowrank.triton_path import TritonPath
+
+        return TritonPath(in_features, slices, dtype, device)
+    library = native.load() if native.Library.supports(device, dtype) else None
+    return NativePath(library, in_features, slices, dtype) if library else TorchPath(slices)
 
 
 class LowRankSite:
@@ -30,15 +67,12 @@ class LowRankSite:
         self.dtype = dtype
         self.device = torch.device(device)
         self._held: dict[int, Prepared] = {}
-        library = native.load() if native.Library.supports(device, dtype) else None
-        self._path: NativePath | TorchPath = (
-            NativePath(library, in_features, self.slices, dtype) if library else TorchPath(self.slices)
-        )
+        self._path = _path(in_features, self.slices, dtype, self.device)
         self._shapes = (self.out_features, in_features)
 
     @property
     def path(self) -> str:
-        """Which form of the operator runs here: "native" or "torch"."""
+        """Which form of the operator runs here: "triton", "native" or "torch"."""
         return self._path.name
 
     @property
@@ -54,7 +88,8 @@ class LowRankSite:
 
     def prepare(self, parts: Sequence[LinearPart | None]) -> Prepared:
         """One part per slice, laid out for this site; see `layout.prepare` for its errors."""
-        return prepare(parts, self.in_features, self.slices, self.dtype, self.device, self._path.panel)
+        path = self._path
+        return prepare(parts, self.in_features, self.slices, self.dtype, self.device, path.panel, path.most_experts)
 
     def put(self, slot: int, prepared: Prepared) -> None:
         """Place an adapter; slot 0 is the base model's and a taken slot must be dropped first."""
@@ -74,7 +109,7 @@ class LowRankSite:
         y is row-major (its rows may stand apart), x contiguous. Tokens of slot 0, of slots with nothing here, and from
         segments.num_tokens on are not written.
         """
-        if not self._held or not segments.runs:
+        if not (self._held and segments.runs) and segments.buffer is None:
             return
         if (y.shape[1], x.shape[1]) != self._shapes or y.shape[0] != x.shape[0] or not y.dtype is x.dtype is self.dtype:
             raise ValueError(

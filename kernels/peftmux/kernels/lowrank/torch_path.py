@@ -27,6 +27,7 @@ class TorchPath:
 
     name = "torch"
     panel = None
+    most_experts = None
 
     def __init__(self, slices: tuple[int, ...]) -> None:
         self._slices = slices
