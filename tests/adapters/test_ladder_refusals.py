@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from peftmux.adapters.compose import obstacle
 from peftmux.adapters.cost import cost
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.lower import load_adapter, plan_adapter, served_kinds
@@ -112,6 +113,7 @@ def test_a_good_one_and_its_cost(llama: Any, tmp_path: Path) -> None:
     matrices = 10 * 32 + 3 * (10 * 32 + 10 * (24 + 12 + 12 + 24 + 3 * 14)) + 32 * 10
     vectors = 10 + 3 * (1 + 10 + 10)
     assert (adapter.kind, adapter.parameters) == ("ladder", matrices + vectors)
+    assert "Ladder" in obstacle(adapter), "it is no term of a weighted sum"
     for dtype in (torch.float32, torch.bfloat16):
         needed = cost(adapter, dtype)
         assert needed.parts == {"Ladder": 1}

@@ -127,14 +127,14 @@ def rotation(positions: Tensor, ladder: Ladder) -> tuple[Tensor, Tensor]:
 
 
 def start(h: Tensor, ladder: Ladder) -> Tensor:
-    """h: [..., D], what the base's first layer reads -> [..., d] in the ladder's dtype."""
-    return _affine(h.to(ladder.norm.dtype), ladder.first)
+    """h: [..., D], what the base's first layer reads -> [..., d] float32, as the side's stream stays in every dtype."""
+    return _affine(h.to(ladder.norm.dtype), ladder.first).float()
 
 
 def climb(side: Tensor, h: Tensor, rung: Rung, ladder: Ladder, turn: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
     """side: [..., T, d], h: [..., T, D], what the rung's layer gives; turn: `rotation` -> [..., T, d]."""
-    gate = torch.sigmoid(rung.gate / ladder.temperature)
-    side = gate * side + (1 - gate) * _affine(h.to(side.dtype), rung.down)
+    gate = torch.sigmoid(rung.gate.float() / ladder.temperature)
+    side = gate * side + (1 - gate) * _affine(h.to(ladder.norm.dtype), rung.down)
     block = rung.block
     x = _normed(side, block.attention_norm, ladder.eps)
     q, k, v = (_affine(x, part).unflatten(-1, (-1, ladder.head_dim)) for part in (block.q, block.k, block.v))
@@ -151,7 +151,7 @@ def finish(side: Tensor, final: Tensor, ladder: Ladder) -> Tensor:
         return (final + up).to(final.dtype)
     if ladder.merge_gate is None:
         return up.to(final.dtype)
-    gate = torch.sigmoid(ladder.merge_gate / ladder.temperature)
+    gate = torch.sigmoid(ladder.merge_gate.float() / ladder.temperature)
     return (gate * up + (1 - gate) * final).to(final.dtype)
 
 
@@ -161,7 +161,7 @@ def _affine(x: Tensor, part: Affine) -> Tensor:
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(weight.dtype)
 
 
 def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
