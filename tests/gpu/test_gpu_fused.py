@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from peftmux.kernels.elementwise import choose_elementwise
+from peftmux.kernels.embedding import EmbeddingPart, embedding_site
+from peftmux.kernels.inputs import InputScale, input_scale_site
+from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.lowrank.tiles import TileBuffer
+from peftmux.kernels.norms import NormPart, norm_site
+from peftmux.kernels.slots import layout_version
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,3 +57,58 @@ def test_rotation_of_a_fused_projection(dtype: torch.dtype) -> None:
     first, second = before.chunk(2, -1)
     turned = before * cos.double()[:, None] + torch.cat([-second, first], -1) * sin.double()[:, None]
     close(fused.view(63, 48, 128), torch.cat([turned[:, :40], before[:, 40:]], 1))
+
+
+def test_a_captured_graph_serves_adapters_that_come_and_go() -> None:
+    """Scaled inputs, norms and embeddings: captured over one step, replayed for another with other adapters."""
+    device, width = torch.device("cuda"), 256
+    scales, embeddings = input_scale_site(device), embedding_site(device)
+    base = torch.nn.LayerNorm(width, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    norms = norm_site(base, 0)
+    sites: tuple[Any, ...] = (scales, embeddings, norms)
+    assert all(site.graphed for site in sites)
+    parts = [
+        (InputScale(normal(width, seed=s)), EmbeddingPart(normal(8, 50, seed=s), normal(width, 8, seed=s)), norm(s))
+        for s in (1, 2)
+    ]
+
+    def put(slot: int) -> None:
+        for site, part in zip(sites, parts[slot - 1], strict=True):
+            site.put(slot, site.prepare(part))
+
+    buffer = TileBuffer(4, 4, device, [(1, 0, 2)])
+    segments = Segments.over(buffer, device)
+    x, ids = normal(4, width, dtype=torch.bfloat16), torch.tensor([3, 49, 0, 7], device=device)
+    y, z = torch.empty_like(x), torch.empty_like(x)
+
+    def run(step: Segments) -> tuple[Tensor, Tensor, Tensor]:
+        y.copy_(base(x))
+        norms.apply(y, x, step)
+        z.copy_(x)
+        embeddings.apply(z, ids, step)
+        return scales.scaled(x, step), y, z
+
+    put(1)
+    run(segments)
+    version = layout_version()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scaled, *_ = run(segments)
+    put(2)
+    for slot in (1, 2):
+        if slot == 2:
+            for site in sites:
+                site.drop(1)
+        buffer.fill([(slot, 1, 3)])
+        graph.replay()
+        got = [t.clone() for t in (scaled, y, z)]
+        expected = run(Segments.build([0, slot, 0], [1, 2, 1], device))
+        for ours, eager in zip(got, expected, strict=True):
+            assert torch.equal(ours, eager)
+            assert not torch.equal(ours[1:3], (base(x) if eager is y else x)[1:3])
+        assert torch.equal(got[0][[0, 3]], x[[0, 3]])
+    assert layout_version() == version
+
+
+def norm(seed: int) -> NormPart:
+    return NormPart(normal(256, seed=seed), normal(256, seed=seed + 5))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x,
     weight,
@@ -108,7 +108,7 @@ def rotate_pair_kernel(
         _turn(k, token * k_token, k_head, head, K_HEADS, c1, s1, c2, s2, column, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def swiglu_kernel(
     gate_up,
     out,

@@ -22,6 +22,9 @@ class PreparedEmbedding:
 class EmbeddingSite:
     """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
 
+    graphed = False
+    """Whether a captured CUDA graph serves whatever adapters come here later."""
+
     def __init__(self, device: torch.device, factor: float = 1.0) -> None:
         """factor: what the base multiplies its rows with when they are looked up."""
         self._device = device

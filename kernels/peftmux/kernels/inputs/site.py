@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ class PreparedScale:
 
 class InputScaleSite:
     """Where the layer has its input to itself. `prepare` may run in any thread; the rest belongs to the model's."""
+
+    graphed = False
+    """Whether a captured CUDA graph serves whatever adapters come here later."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,6 +54,18 @@ class InputScaleSite:
         for part, start, end in runs:
             copy[start:end] = scale_input(x[start:end], part)
         return copy
+
+
+@runtime_checkable
+class GatheredScales(Protocol):
+    """A site whose scales kernels can look up by themselves."""
+
+    def of_step(self, segments: Segments) -> tuple[Tensor, Tensor] | None:
+        """([T] int32, each token's slot; [S, 1] int64, each slot's scale: the address of float32 [in], or 0).
+
+        None where no token's adapter scales.
+        """
+        ...
 
 
 class SliceInputSite(InputScaleSite):

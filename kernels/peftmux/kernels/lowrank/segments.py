@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,3 +74,12 @@ class Segments:
     def tiles(self) -> Tiles:
         """The tokens grouped by adapter, on the device."""
         return self.buffer.tiles if self.buffer else tiles_of(self)
+
+    @property
+    def token_slots(self) -> Tensor:
+        """[num_tokens] int32 on the device: each token's slot, for kernels that take one token a program."""
+        return self.tiles.owners
+
+    def touches(self, held: Container[int]) -> bool:
+        """Must what these slots hold be applied? Of a step that is captured nobody knows what it is replayed for."""
+        return self.buffer is not None or any(slot in held for slot, _, _ in self.runs)

@@ -21,6 +21,8 @@ Run = tuple[int, int, int]
 
 FIELDS = 4
 """Numbers of a tile: slot, first position, rows, 0."""
+_ALIGNED = 4
+"""int32 values in 16 bytes."""
 PADDING = -1
 """The slot of a tile that stands for nothing."""
 
@@ -33,6 +35,8 @@ class Tiles:
     """[capacity, 4] int32: slot, first position, rows (at most block_m), 0; of padding the slot is -1."""
     order: Tensor
     """[tokens] int32: the token at each position."""
+    owners: Tensor
+    """[tokens] int32: each token's slot, 0 for the base model's."""
     block_m: int
 
 
@@ -83,10 +87,12 @@ class TileBuffer:
         self.tokens = tokens
         self.block_m = rows_per_tile(tokens)
         self._tiles = capacity(tokens, slots, self.block_m)
-        self._buffer = torch.empty(FIELDS * self._tiles + tokens, dtype=torch.int32, device=device)
+        # Each part begins at a multiple of 16 bytes: kernels are compiled for that alignment.
+        self._sizes = [FIELDS * self._tiles, -(-tokens // _ALIGNED) * _ALIGNED, tokens]
+        self._buffer = torch.empty(sum(self._sizes), dtype=torch.int32, device=device)
         self.fill(runs)
-        held, order = self._buffer.split([FIELDS * self._tiles, tokens])
-        self.tiles = Tiles(held.view(-1, FIELDS), order, self.block_m)
+        held, order, owners = self._buffer.split(self._sizes)
+        self.tiles = Tiles(held.view(-1, FIELDS), order[:tokens], owners, self.block_m)
 
     def fill(self, runs: Sequence[Run]) -> None:
         """Take a step's runs: one asynchronous copy on the current stream. ValueError for a step that does not fit."""
@@ -98,9 +104,11 @@ class TileBuffer:
                 f"got {end} tokens of {distinct} adapters"
             )
         host = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
-        values = host.numpy()
-        tiles = values[: FIELDS * self._tiles].reshape(-1, FIELDS)
-        lay_out(runs, self.block_m, tiles, values[FIELDS * self._tiles :])
+        tiles, order, owners = (part.numpy() for part in host.split(self._sizes))
+        lay_out(runs, self.block_m, tiles.reshape(-1, FIELDS), order)
+        owners[:] = 0
+        for slot, start, stop in runs:
+            owners[start:stop] = slot
         self._buffer.copy_(host, non_blocking=True)
 
 

@@ -22,6 +22,9 @@ class PreparedNorm:
 class NormSite:
     """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
 
+    graphed = False
+    """Whether a captured CUDA graph serves whatever adapters come here later."""
+
     def __init__(self, norm: nn.Module, token_dim: int) -> None:
         """token_dim: of the norm's input, along which the tokens lie."""
         weight = norm.weight

@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from peftmux.kernels.elementwise import ElementwisePath, rms_norm
 from peftmux.runtime.model.mixtures import Mixtures
-from peftmux.runtime.model.sites import SiteGroup
+from peftmux.runtime.model.sites import SiteGroup, SiteLinear
 
 _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -45,6 +45,29 @@ class FastSwiGLU:
             return self._mixtures.finish(x, gate_up.split(self._gate_up.sizes, -1), hidden)
         out: Tensor = self._parent.down_proj(hidden)  # type: ignore[operator]
         return out
+
+
+class ScalingSwiGLU(FastSwiGLU):
+    """The same, the scales of the down projection's inputs in the launch that makes them."""
+
+    def __init__(self, gate_up: SiteGroup, parent: nn.Module, path: ElementwisePath, mixtures: Mixtures) -> None:
+        super().__init__(gate_up, parent, path, mixtures)
+        assert path.scaled_swiglu is not None
+        self._scaled_swiglu = path.scaled_swiglu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        down = self._parent.down_proj
+        assert isinstance(down, SiteLinear), "the down projection was not swapped"
+        scales = down.group.input_scales()
+        if scales is None or not self._mixtures.site.empty:
+            return super().__call__(x)
+        return down.group(self._scaled_swiglu(self._gate_up(x), *scales), scaled=True)
+
+
+def fast_swiglu(gate_up: SiteGroup, parent: nn.Module, path: ElementwisePath, mixtures: Mixtures) -> FastSwiGLU:
+    """The form for this device."""
+    form = ScalingSwiGLU if path.scaled_swiglu else FastSwiGLU
+    return form(gate_up, parent, path, mixtures)
 
 
 def _eps(norm: nn.Module) -> float | None:

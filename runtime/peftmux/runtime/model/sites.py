@@ -14,10 +14,10 @@ from torch.nn.functional import linear
 
 from peftmux.adapters.base import LinearSite
 from peftmux.kernels.dense import Dense
-from peftmux.kernels.embedding import EmbeddingSite
-from peftmux.kernels.inputs import InputScale, InputScaleSite, SliceInputSite
+from peftmux.kernels.embedding import embedding_site
+from peftmux.kernels.inputs import GatheredScales, InputScale, SliceInputSite, input_scale_site
 from peftmux.kernels.lowrank import LowRankSite, Segments
-from peftmux.kernels.norms import NormSite
+from peftmux.kernels.norms import norm_site
 from peftmux.kernels.routed import RoutedSite
 from peftmux.kernels.rows import ReplacedRows, RowsSite
 from peftmux.kernels.sparse import SparsePart, SparseSite
@@ -46,6 +46,11 @@ class SliceSite:
         self._group = group
         self._site = site
         self.prepare = site.prepare
+
+    @property
+    def graphed(self) -> bool:
+        """Whether a captured CUDA graph serves whatever adapters come here later."""
+        return getattr(self._site, "graphed", False)
 
     def put(self, slot: int, prepared: Any) -> None:
         self._site.put(slot, prepared)
@@ -92,7 +97,7 @@ class SiteGroup:
         self.biases = tuple(biases)
         self._step = step
         self._segments = attrgetter(segments)
-        self._input = InputScaleSite(device)
+        self._input = input_scale_site(device)
         """Used where the group is one layer."""
         self._slices = self._slice_sites(dtype, device)
         self._occupied: list[tuple[slice, SliceChange]] = []
@@ -123,9 +128,18 @@ class SiteGroup:
         self._scales_input = not self._input.empty
         self._occupied = [(cols, s) for cols, kinds in self._slices for s in kinds.values() if not s.empty]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., N], the slices of all sites side by side."""
-        if self._scales_input:
+    def input_scales(self) -> tuple[Tensor, Tensor] | None:
+        """For a kernel that scales the one layer's input as it makes it: each token's slot, and the slots' scales.
+
+        What it makes is given here as `scaled`. None where no token's adapter scales, or this scales by itself.
+        """
+        if not (self._scales_input and isinstance(self._input, GatheredScales)):
+            return None
+        return self._input.of_step(self._segments(self._step.inputs))
+
+    def __call__(self, x: Tensor, scaled: bool = False) -> Tensor:
+        """x: [..., in] -> [..., N], the slices of all sites side by side. scaled: x has its tokens' scales in it."""
+        if self._scales_input and not scaled:
             x = self._input.scaled(x.reshape(-1, x.shape[-1]), self._segments(self._step.inputs)).view(x.shape)
         y = self.dense(x)
         if self._occupied or not (self.lowrank.empty and self.routed.empty):
@@ -159,7 +173,7 @@ class SiteEmbedding(nn.Module):
         self.base = base
         weight = base.weight
         assert isinstance(weight, Tensor)
-        self.site = EmbeddingSite(weight.device, factor)
+        self.site = embedding_site(weight.device, factor)
         self._step = step
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -185,7 +199,7 @@ class SiteNorm(nn.Module):
     def __init__(self, base: nn.Module, step: StepState, token_dim: int) -> None:
         super().__init__()
         self.base = base
-        self.site = NormSite(base, token_dim)
+        self.site = norm_site(base, token_dim)
         self._step = step
 
     def forward(self, x: Tensor) -> Tensor:

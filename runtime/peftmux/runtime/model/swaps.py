@@ -34,7 +34,7 @@ from peftmux.kernels.vision import VisionSite
 from peftmux.runtime.model.branches import BranchForward
 from peftmux.runtime.model.dense import QuantisedDense, stack
 from peftmux.runtime.model.experts import experts_forward, router_forward
-from peftmux.runtime.model.fast import FastRMSNorm, FastSwiGLU, is_rms_norm, is_swiglu
+from peftmux.runtime.model.fast import FastRMSNorm, fast_swiglu, is_rms_norm, is_swiglu
 from peftmux.runtime.model.first_pass import FirstPass
 from peftmux.runtime.model.ladders import Ladders
 from peftmux.runtime.model.mixtures import MixedForward, Mixtures
@@ -156,7 +156,7 @@ class Swapper:
             for name, module in zip(names, siblings(group), strict=True):
                 setattr(parent, name, module)
             if swiglu and mixtures is not None:
-                parent.forward = FastSwiGLU(group, parent, self._fast, mixtures)
+                parent.forward = fast_swiglu(group, parent, self._fast, mixtures)
 
     def _swap_experts(self, path: str, module: nn.Module) -> None:
         weights = expert_weights(module, path)
