@@ -14,6 +14,7 @@ from peftmux.runtime.engine.api import AdapterInfo, Delta, GenerationRequest, We
 from peftmux.runtime.engine.factory import EngineConfig, start_engine
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import EngineObserver, NullObserver
+from peftmux.runtime.model.launched import Launched
 from peftmux.runtime.params import (
     FinishReason,
     OutputOptions,
@@ -22,7 +23,7 @@ from peftmux.runtime.params import (
     TokenLogprob,
     Usage,
 )
-from peftmux.runtime.scheduler import StepPlan, StepResult
+from peftmux.runtime.scheduler import StepPlan
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -155,20 +156,20 @@ class StepGate:
 
     def __init__(self, engine: LocalEngine) -> None:
         self._runner = engine._core._runner
-        self._run = self._runner.run
+        self._launch = self._runner.launch
         self._open = threading.Event()
         self._open.set()
         self.entered = 0
         self.failures: list[Exception] = []
         """Raised by the next steps, one each."""
-        self._runner.run = self._gated  # type: ignore[method-assign]
+        self._runner.launch = self._gated  # type: ignore[method-assign]
 
-    def _gated(self, plan: StepPlan) -> StepResult:
+    def _gated(self, plan: StepPlan, before: Launched | None = None) -> Launched:
         self.entered += 1
         self._open.wait(30)
         if self.failures:
             raise self.failures.pop(0)
-        return self._run(plan)
+        return self._launch(plan, before)
 
     def hold(self) -> None:
         """The next step waits at its beginning, and with it all that comes after."""
@@ -184,7 +185,7 @@ class StepGate:
 
     def remove(self) -> None:
         self.release()
-        self._runner.run = self._run  # type: ignore[method-assign]
+        self._runner.launch = self._launch  # type: ignore[method-assign]
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
@@ -211,13 +212,13 @@ async def test_drain_lets_short_streams_finish_and_ends_long_ones() -> None:
 
 def _paced(gate: StepGate, seconds: float = 0.02) -> list[float]:
     """Every step takes a while; empty the list to stop that."""
-    run, pace = gate._run, [seconds]
+    launch, pace = gate._launch, [seconds]
 
-    def slow(plan: object) -> object:
+    def slow(*step: Any) -> Any:
         time.sleep(sum(pace))
-        return run(plan)  # type: ignore[arg-type]
+        return launch(*step)
 
-    gate._run = slow  # type: ignore[assignment]
+    gate._launch = slow  # type: ignore[assignment]
     return pace
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from zlib import crc32
 
 import pytest
@@ -147,6 +148,64 @@ class Serving:
         if self.scheduler.is_read_out(got.row):
             self.scheduler.finish(got.row)
             self.finished.add(got.row)
+
+
+class RunningAhead(Serving):
+    """The same, each step computed before the result of the one before it is taken in, and rows that end by surprise.
+
+    `endings`: tokens that end a row, as an end token does: the scheduler hears of it when the row's next step is done.
+    """
+
+    def __init__(self, *args: int, endings: int = 0, **options: int) -> None:
+        super().__init__(*args, **options)
+        self.endings = endings
+        self.wasted = 0
+        """Rows of steps that were computed for nothing."""
+        self._drawn: dict[int, int] = {}
+        self._behind: tuple[StepPlan, tuple[RowResult, ...], dict[int, bool]] | None = None
+
+    def step(self, fails: Callable[[int], bool] = lambda row: False) -> StepPlan | None:
+        plan = self.scheduler.plan()
+        self.scheduler.check()
+        before, self._behind = self._behind, None
+        launched = None if plan is None else self._launch(plan, fails)
+        if before is not None:
+            self._take(*before)
+        if plan is not None and launched is not None:
+            if plan.is_foreseeable:
+                self.scheduler.assume()
+                self._behind = (plan, *launched)
+            else:
+                self._take(plan, *launched)
+        self.scheduler.check()
+        return plan or (before and before[0])
+
+    def _launch(self, plan: StepPlan, fails: Callable[[int], bool]) -> tuple[tuple[RowResult, ...], dict[int, bool]]:
+        for source, target in plan.copies:
+            for offset in range(self.scheduler.block_size):
+                if (source, offset) in self.cells:
+                    self.cells[target, offset] = self.cells[source, offset]
+        self._prove_disjoint_writes(plan)
+        known = [replace(r, tokens=(*r.tokens[:-1], self._drawn[r.row])) if r.awaits else r for r in plan.rows]
+        results = tuple(self._compute(row, False) for row in known)
+        self._drawn = {got.row: got.token for got in results if got.token is not None}
+        return results, {row.row: fails(row.row) for row in plan.rows}
+
+    def _take(self, plan: StepPlan, results: tuple[RowResult, ...], failed: dict[int, bool]) -> None:
+        self.wasted += sum(row.row in self.finished for row in plan.rows)
+        for row in plan.rows:
+            if failed[row.row] and row.row not in self.finished:
+                self.abort(row.row)
+        for got in self.scheduler.update(StepResult(results)):
+            self._publish(got)
+            if got.row not in self.finished and got.token is not None and got.token < self.endings:
+                self.scheduler.finish(got.row)
+                self.finished.add(got.row)
+
+
+@pytest.fixture(scope="session")
+def running_ahead() -> type[RunningAhead]:
+    return RunningAhead
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,45 @@ def test_outputs_do_not_depend_on_batch_budget_cache_preemption_or_order(serving
     assert batch.scheduler.usage() == 0
 
 
+@settings(max_examples=120, deadline=None)
+@given(rows=st.lists(ROWS, min_size=1, max_size=9), pool=POOLS, endings=st.sampled_from([0, 0, 12]))
+def test_outputs_do_not_depend_on_running_ahead(running_ahead, rows, pool, endings):
+    batch = running_ahead(block_size=4, endings=endings, **pool)
+    for id, row in enumerate(rows):
+        add(batch, id, row)
+        for _ in range(row["wait"]):
+            batch.step()
+    batch.run()
+    assert batch.finished == set(range(len(rows)))
+    check_answers(batch)
+    for id, row in enumerate(rows):
+        out = batch.outputs[id]
+        ended = bool(out) and out[-1] < endings
+        assert ended or len(out) == (0 if row["readout"] else row["new_tokens"])
+        assert all(token >= endings for token in out[:-1])
+    assert endings or not batch.wasted, "a row's last step is known beforehand"
+    assert batch.scheduler.usage() == 0
+
+
+def test_a_row_that_ends_by_surprise_wastes_one_step_and_no_block(running_ahead):
+    batch = running_ahead(num_blocks=9, block_size=4, endings=97)
+    batch.add(1, [1, 2, 0], 9)
+    batch.add(2, [2, 2, 0], 9)
+    batch.run()
+    assert [len(out) for out in batch.outputs.values()] == [1, 1]
+    assert batch.wasted == 2
+    assert batch.scheduler.usage() == 0
+
+
+def test_a_token_that_is_awaited_is_named_in_the_plan(running_ahead):
+    batch = running_ahead()
+    batch.add(1, [5, 6], 3)
+    plans = [batch.step() for _ in range(4)]
+    assert [plan.rows[0].awaits for plan in plans[:3]] == [False, True, True]
+    assert [plan.rows[0].generated for plan in plans[:3]] == [0, 1, 2]
+    assert batch.outputs[1] == batch.expected(1, 3)
+
+
 class ServerMachine(RuleBasedStateMachine):
     """Requests come and go, prefixes too; every block is accounted for after every step."""
 
@@ -168,3 +207,8 @@ def test_a_server_stays_consistent_with_caching(serving):
 def test_a_server_stays_consistent_without_caching(serving):
     run = settings(max_examples=40, stateful_step_count=40, deadline=None)
     run_state_machine_as_test(lambda: ServerMachine(serving, False), settings=run)
+
+
+def test_a_server_that_runs_ahead_stays_consistent(running_ahead):
+    run = settings(max_examples=80, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(lambda: ServerMachine(running_ahead, True), settings=run)

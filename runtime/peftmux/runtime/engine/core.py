@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from peftmux.runtime.engine.images import images_digest
 from peftmux.runtime.engine.observer import EngineObserver
 from peftmux.runtime.engine.placement import BASE
 from peftmux.runtime.engine.request import ActiveRequest, Outcome
 from peftmux.runtime.errors import DeadlineExceeded, InvalidRequest, NotFinite, QueueFull, RuntimeFailure, StepFailed
+from peftmux.runtime.model.launched import Launched
 from peftmux.runtime.model.runner import Runner
 from peftmux.runtime.params import FinishReason
 from peftmux.runtime.scheduler import NewRow, Scheduler, StepPlan, StepResult
@@ -23,6 +25,13 @@ _MAX_FAILED_STEPS = 3
 Deliveries = list[tuple[ActiveRequest, Outcome]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    plan: StepPlan
+    launched: Launched
+    started: float
+
+
 class EngineCore:
     """Owns the scheduler, the runner and the running requests. `release` gives back an ended request's adapter."""
 
@@ -33,7 +42,10 @@ class EngineCore:
         observer: EngineObserver,
         release: Callable[[ActiveRequest], None],
         max_queued: int,
+        ahead: bool = False,
     ) -> None:
+        """ahead: launch a step before the last one's result is there, so that the device never waits for this thread.
+        Requests get the same tokens; a request that ends may have one more step's work done for nothing."""
         self.scheduler = scheduler
         self._runner = runner
         self._observer = observer
@@ -42,6 +54,11 @@ class EngineCore:
         self._requests: dict[int, ActiveRequest] = {}
         self._timed: set[int] = set()
         """Requests with a deadline."""
+        self._ahead = ahead
+        self._behind: _Step | None = None
+        """With `ahead`: launched and assumed, its result still to be taken."""
+        self._taken = 0.0
+        """When the last result was."""
         self._failed_steps = 0
         self._outbox: Deliveries = []
 
@@ -78,6 +95,9 @@ class EngineCore:
     def step(self) -> None:
         """Run one step if there is work. Raises RuntimeError when the device fails again and again."""
         self._expire()
+        if self._ahead:
+            self._step_ahead()
+            return
         plan = self.scheduler.plan()
         if plan is None:
             return
@@ -88,10 +108,52 @@ class EngineCore:
         except Exception as error:
             self._fail_step(plan, error)
             return
+        self._take(plan, result, started)
+
+    def _step_ahead(self) -> None:
+        """Launch a step, then take the one before it, which the device has been running meanwhile."""
+        plan = self.scheduler.plan()
+        before, self._behind = self._behind, None
+        started = time.monotonic()
+        launched: Launched | None = None
+        failure: Exception | None = None
+        if plan is not None:
+            self._note_scheduled(plan, started)
+            try:
+                launched = self._runner.launch(plan, before.launched if before else None)
+            except Exception as error:
+                failure = error
+        if before is not None:
+            self._finish(before)
+        if plan is None:
+            return
+        if launched is None:
+            assert failure is not None
+            self._fail_step(plan, failure)
+            return
+        step = _Step(plan, launched, started)
+        if plan.is_foreseeable:
+            self.scheduler.assume()
+            self._behind = step
+        else:
+            self._finish(step)
+
+    def _finish(self, step: _Step) -> None:
+        """Wait for a launched step and take what it gives."""
+        try:
+            result = step.launched.result()
+        except Exception as error:
+            self.scheduler.forget()
+            self._fail_step(step.plan, error)
+            return
+        self._take(step.plan, result, max(step.started, self._taken))
+
+    def _take(self, plan: StepPlan, result: StepResult, started: float) -> None:
         self._failed_steps = 0
-        now = time.monotonic()
-        self._observer.step(now - started, plan.num_tokens)
-        self._update(plan, result, now)
+        self._taken = time.monotonic()
+        if any(row.row in self._requests for row in plan.rows):  # else it may have lain there for long
+            self._observer.step(self._taken - started, plan.num_tokens)
+        self._update(plan, result, self._taken)
 
     def deliveries(self) -> Deliveries:
         """What has happened since the last call, in order."""

@@ -120,7 +120,7 @@ def build_engine(
     def deliver(deliveries: Deliveries) -> None:
         engine.deliver(deliveries)
 
-    core = EngineCore(scheduler, runner, observer, release, config.max_queued_requests)
+    core = EngineCore(scheduler, runner, observer, release, config.max_queued_requests, _runs_ahead(model))
     thread = EngineThread(core, deliver, config.num_threads)
     loader = Loader(model, config.adapters_root, lambda lowered: prepare(model, lowered, config.block_size))
     placement = DevicePlacement(scheduler, runner, config.adapter_memory)
@@ -147,6 +147,11 @@ async def _follow(engine: LocalEngine, root: str | None, seconds: float) -> None
         await engine.follow_root(root, seconds)
     except OSError as error:
         raise InvalidRequest("adapters_root", f"the adapter root cannot be read: {error}") from error
+
+
+def _runs_ahead(model: LoadedModel) -> bool:
+    """Where a step is launched and not waited for."""
+    return model.device.type == "cuda"
 
 
 def _device(name: str) -> torch.device:

@@ -98,6 +98,15 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(len(r.tokens) for r in self.rows)
 
+    @property
+    def is_foreseeable(self) -> bool:
+        """The step after this one can be planned, and run, before the result of this one is there.
+
+        A row with penalties needs its tokens themselves. What a readout or a report of the prompt gives is taken while
+        the row's adapter is sure to be there.
+        """
+        return all(not row.history and row.readout is None and not row.next_tokens for row in self.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class RowResult:

@@ -9,6 +9,9 @@ from peftmux.runtime.params import OutputOptions, Readout, SamplingParams
 from peftmux.runtime.scheduler.keys import BlockKey, block_key, root_digest
 from peftmux.runtime.scheduler.plan import ImageSpan, RowPlan
 
+_UNKNOWN = 0
+"""Stands in a row's tokens for one that is not known yet: a token like any other, for a moment."""
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixBlocks:
@@ -95,6 +98,7 @@ class Row:
         "_keys",
         "_root",
         "_table",
+        "awaited",
         "blocks",
         "cached_tokens",
         "copy",
@@ -115,6 +119,8 @@ class Row:
         self.prompt_end = self.num_virtual + len(new.prompt)
         self.tokens: list[int] = [*range(-1, -self.num_virtual - 1, -1), *new.prompt]
         self.num_computed = 0
+        self.awaited: int | None = None
+        """Where in `tokens` the last one stands for what a step that has been launched draws; None: all are known."""
         self.blocks: list[int] = []
         self.num_registered = 0
         self.copy: tuple[int, int] | None = None
@@ -146,6 +152,11 @@ class Row:
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.num_computed
+
+    @property
+    def is_full(self) -> bool:
+        """It has all the tokens that it may have: the last one is never computed."""
+        return len(self.tokens) >= self.new.max_total
 
     @property
     def num_generated(self) -> int:
@@ -220,7 +231,19 @@ class Row:
             new.readout,
             count if new.readout is None else min(max(self.next_reported - start, 0), count),
             tuple([span for span in new.images if span.start < end and start < span.stop]) if new.images else (),
+            self.awaited is not None and end == len(tokens),
         )
+
+    def draw(self, token: int | None) -> None:
+        """One more token; None is one that is not known yet, and that `learn` says later."""
+        if token is None:
+            self.awaited = len(self.tokens)
+        self.tokens.append(_UNKNOWN if token is None else token)
+
+    def learn(self, token: int) -> None:
+        """What `draw` did not know."""
+        assert self.awaited is not None, f"row {self.new.id} awaits no token"
+        self.tokens[self.awaited], self.awaited = token, None
 
     def num_real(self, stop: int) -> int:
         """How many of the first `stop` tokens are not virtual."""

@@ -68,6 +68,9 @@ class Scheduler:
         self._prefixes: dict[int, _HeldPrefix] = {}
         """By first block."""
         self._step: tuple[RowPlan, ...] = ()
+        """Planned last, and not assumed."""
+        self._assumed: tuple[RowPlan, ...] | None = None
+        """The step before it, whose result is still to come though its rows have moved on."""
 
     @property
     def block_size(self) -> int:
@@ -184,7 +187,7 @@ class Scheduler:
         return self._pool.blocks_for(new.max_total - 1) - (len(new.prefix.shared) if new.prefix else 0)
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None where no row is left to run."""
+        """The next step, or None where no row is left to run, or none until the step that is assumed has its result."""
         chosen: list[tuple[Row, int]] = []
         preempted = self._choose_decodes(chosen)
         budget = self.max_batch_tokens - len(chosen)
@@ -192,7 +195,7 @@ class Scheduler:
         if not preempted:
             self._choose_waiting(chosen, budget)
         if not chosen:
-            assert not self._rows, "rows are left and none can run"
+            assert not self._rows or self._assumed is not None, "rows are left and none can run"
             self._step = ()
             return None
         chosen.sort(key=lambda choice: (choice[1] > 1, choice[0].new.slot))
@@ -206,7 +209,7 @@ class Scheduler:
         while i < len(running):
             row = running[i]
             i += 1
-            if row.pending == 1 and self._grow(row):
+            if row.pending == 1 and not row.is_full and self._grow(row):
                 chosen.append((row, 1))
         return len(running) < before
 
@@ -281,27 +284,57 @@ class Scheduler:
         row.cached_tokens = row.num_real(row.num_computed)
         self._waiting.charge(row, PROMPT_TOKEN_COST * row.pending)
 
+    def assume(self) -> None:
+        """Let the rows of the step that `plan` returned last move on before its result is there.
+
+        Each that samples has one more token, which nobody knows yet: the next plan says so, and `update` brings it. The
+        next result that `update` takes is this step's. Every step before it must have been answered: what a row has
+        computed is what it is known by in the prefix cache. A caller that loses the step ends its rows (`forget`).
+        """
+        assert self._assumed is None, "two steps cannot be assumed at once"
+        self._assumed, self._step = self._step, ()
+        for planned in self._assumed:
+            row = self._rows.get(planned.row)
+            if row is not None and row.blocks:
+                self._advance(row, planned)
+                if planned.samples:
+                    self._draw(row, None)
+
+    def forget(self) -> None:
+        """The step that is assumed will have no result. Its rows have been ended."""
+        self._assumed = None
+
     def update(self, result: StepResult) -> tuple[RowResult, ...]:
-        """Take in the step that `plan` returned last.
+        """Take in the step that is assumed, or else the one that `plan` returned last.
 
         Returns the results of rows that are still there and have a new token, log-probabilities of prompt tokens or
         states, or are read out; the new tokens are in the rows. A row whose result does not answer its plan has not
         moved: the engine ends it.
         """
-        step, self._step = self._step, ()
+        assumed = self._assumed is not None
+        step = self._assumed if self._assumed is not None else self._step
+        if assumed:
+            self._assumed = None
+        else:
+            self._step = ()
         assert len(step) == len(result.rows), f"{len(step)} rows planned, {len(result.rows)} results"
         news: list[RowResult] = []
         for planned, got in zip(step, result.rows, strict=True):
             assert planned.row == got.row, f"row {planned.row} planned, result of row {got.row}"
             row = self._rows.get(planned.row)
-            if row is None or not row.blocks or not got.answers(planned):
+            if row is None or not got.answers(planned) or not (assumed or row.blocks):
                 continue
-            self._advance(row, planned, got.token)
+            if not assumed:
+                self._advance(row, planned)
+                if got.token is not None:
+                    self._draw(row, got.token)
+            elif got.token is not None:
+                row.learn(got.token)
             if got.token is not None or got.prompt_logprobs or got.states or row.is_read_out:
                 news.append(got)
         return tuple(news)
 
-    def _advance(self, row: Row, planned: RowPlan, token: int | None) -> None:
+    def _advance(self, row: Row, planned: RowPlan) -> None:
         row.copy = None
         row.num_computed = planned.start + len(planned.tokens)
         if planned.readout is None:
@@ -310,10 +343,11 @@ class Scheduler:
             row.next_reported += len(planned.tokens) - planned.read_from
         if self._pool.prefix_caching and row.num_computed // self.block_size > row.num_registered:
             self._register(row)
-        if token is not None:
-            row.tokens.append(token)
-            assert len(row.tokens) <= row.new.max_total, f"row {planned.row} outgrew its {row.new.max_total} tokens"
-            self._waiting.charge(row, GENERATED_TOKEN_COST)
+
+    def _draw(self, row: Row, token: int | None) -> None:
+        row.draw(token)
+        assert len(row.tokens) <= row.new.max_total, f"row {row.new.id} outgrew its {row.new.max_total} tokens"
+        self._waiting.charge(row, GENERATED_TOKEN_COST)
 
     def _register(self, row: Row) -> None:
         """Blocks that have become full and computed can be found from now on."""
