@@ -13,8 +13,8 @@ from peftmux.kernels.embedding import EmbeddingPart, embedding_site
 from peftmux.kernels.inputs import InputScale, input_scale_site
 from peftmux.kernels.lowrank import Segments
 from peftmux.kernels.lowrank.tiles import TileBuffer
+from peftmux.kernels.lowrank.workspace import workspace
 from peftmux.kernels.norms import NormPart, norm_site
-from peftmux.kernels.slots import layout_version
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -90,7 +90,7 @@ def test_a_captured_graph_serves_adapters_that_come_and_go() -> None:
 
     put(1)
     run(segments)
-    version = layout_version()
+    version = workspace(device).generation
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         scaled, *_ = run(segments)
@@ -107,7 +107,7 @@ def test_a_captured_graph_serves_adapters_that_come_and_go() -> None:
             assert torch.equal(ours, eager)
             assert not torch.equal(ours[1:3], (base(x) if eager is y else x)[1:3])
         assert torch.equal(got[0][[0, 3]], x[[0, 3]])
-    assert layout_version() == version
+    assert workspace(device).generation == version
 
 
 def norm(seed: int) -> NormPart:

@@ -1,4 +1,7 @@
-"""Adapters of a flat batch: (slots, lens) of its rows. Slot 0 is the base model's; what holds no part is 9."""
+"""Adapters of a flat batch: (slots, lens) of its rows.
+
+Slot 0 is the base model's; 9 and 999 hold no part, and 999 lies past the tables.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ MIXES: dict[str, tuple[list[int], list[int]]] = {
     "zipf": ([1, 1, 0, 2, 1, 3], [3, 1, 2, 1, 1, 1]),
     "base only": ([0, 0], [2, 1]),
     "half base": ([0, 3, 0, 2], [1, 1, 2, 1]),
-    "elsewhere": ([9, 9], [1, 2]),
+    "elsewhere": ([9, 999], [1, 2]),
     "empty": ([], []),
 }
 HELD = (1, 2, 3)

@@ -12,9 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part
 from peftmux.kernels.inputs import InputScale
+from peftmux.kernels.lowrank.workspace import workspace
 from peftmux.kernels.norms import NormPart, NormSite
 from peftmux.kernels.norms.formula import formula_of
-from peftmux.kernels.slots import CAPACITY, SlotTable, layout_version
+from peftmux.kernels.slots import CAPACITY, SlotTable
 from tests.triton.mixes import HELD, MIXES, close, owners, poisoned, segments
 
 inputs = pytest.importorskip("peftmux.kernels.inputs.triton_path", exc_type=ImportError)
@@ -191,19 +192,19 @@ def test_more_changed_ids_than_are_read_at_once() -> None:
 
 def test_a_dropped_adapter_is_gone_and_a_table_keeps_its_place() -> None:
     table = SlotTable(2, CPU)
-    version = layout_version()
+    version = workspace(CPU).generation
     vector = torch.ones(3)
     table.put(1, vector, 7)
-    assert layout_version() > version, "made"
-    version, place = layout_version(), table.tensor.data_ptr()
+    assert workspace(CPU).generation > version, "made"
+    version, place = workspace(CPU).generation, table.tensor.data_ptr()
     assert table.tensor[1].tolist() == [vector.data_ptr(), 7]
     table.put(CAPACITY - 1, 0, 3)
     table.drop(1)
     table.drop(5)
-    assert (layout_version(), table.tensor.data_ptr(), len(table)) == (version, place, 1)
+    assert (workspace(CPU).generation, table.tensor.data_ptr(), len(table)) == (version, place, 1)
     assert not table.tensor[1].any()
     table.put(CAPACITY, 1, 2)
-    assert layout_version() > version, "moved"
+    assert workspace(CPU).generation > version, "moved"
     assert table.tensor[[CAPACITY - 1, CAPACITY]].tolist() == [[0, 3], [1, 2]]
 
 

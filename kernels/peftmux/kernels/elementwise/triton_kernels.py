@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from peftmux.kernels.slots.triton_kernels import first_field, vector
+
 
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
@@ -115,6 +117,7 @@ def swiglu_kernel(
     slots,
     scales,
     tokens,
+    capacity,
     row_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -131,9 +134,7 @@ def swiglu_kernel(
     product = gate * tl.sigmoid(gate) * up
     if SCALED:
         slot = tl.load(slots + row, mask=row < tokens, other=0)
-        if slot > 0:
-            address = tl.load(scales + slot.to(tl.int64))
-            if address != 0:
-                vector = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
-                product = product * tl.load(vector + column, mask=here, other=0.0)
+        address = first_field(scales, capacity, slot, 1)
+        if address != 0:
+            product = product * tl.load(vector(address) + column, mask=here, other=0.0)
     tl.store(out + row * WIDTH + column, product.to(out.dtype.element_ty), mask=here)

@@ -186,6 +186,7 @@ def _swiglu(gate_up: Tensor, slots: Tensor, scales: Tensor, scaled: bool) -> Ten
             slots,
             scales,
             len(slots) if scaled else 0,
+            len(scales) if scaled else 0,
             rows.stride(0),
             WIDTH=width,
             BLOCK=block,

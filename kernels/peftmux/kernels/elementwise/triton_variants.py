@@ -70,7 +70,7 @@ def _swiglu(pointer: str, dtype: str, scaled: bool) -> Variant:
     return Variant(
         f"swiglu-{dtype}{'-scaled' * scaled}",
         kernels.swiglu_kernel,
-        {"gate_up": pointer, "out": pointer, **tables, "tokens": "i32", "row_stride": "i32"},
+        {"gate_up": pointer, "out": pointer, **tables, "tokens": "i32", "capacity": "i32", "row_stride": "i32"},
         {"WIDTH": 14336, "BLOCK": swiglu_tile(14336), "SCALED": scaled},
         divisible=("row_stride",),
         budget=_SMALL,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from peftmux.kernels.slots.triton_kernels import aligned, first_field, vector
+
 
 @triton.jit
 def embedding_kernel(
@@ -12,6 +14,7 @@ def embedding_kernel(
     ids,
     slots,
     table,
+    capacity,
     y_row,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -24,11 +27,9 @@ def embedding_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
-    if slot <= 0:
+    if first_field(table, capacity, slot, 8) == 0:
         return
     record = table + slot.to(tl.int64) * 8
-    if tl.load(record) == 0:
-        return
     a_at, b_at, scale_at = tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
     ids_at, rows_at = tl.load(record + 4), tl.load(record + 5)
     rank, count = tl.load(record + 6).to(tl.int32), tl.load(record + 7).to(tl.int32)
@@ -37,8 +38,7 @@ def embedding_kernel(
     here = column < WIDTH
     value = tl.load(y + token * y_row + column, mask=here, other=0.0).to(tl.float32)
 
-    a = tl.multiple_of(a_at.to(tl.pointer_type(tl.float32)), 16) + known * rank
-    b = tl.multiple_of(b_at.to(tl.pointer_type(tl.float32)), 16)
+    a, b = vector(a_at) + known * rank, vector(b_at)
     added = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, rank, RANKS):
         r = first + tl.arange(0, RANKS)
@@ -48,17 +48,15 @@ def embedding_kernel(
         added += tl.sum(t[:, None] * rows, 0)
     value += added
     if scale_at != 0:
-        scale = tl.multiple_of(scale_at.to(tl.pointer_type(tl.float32)), 16)
-        value = value * tl.load(scale + column, mask=here, other=0.0)
+        value = value * tl.load(vector(scale_at) + column, mask=here, other=0.0)
 
     # count < 0: every row is replaced, so a token's row is its id.
     row = tl.where(count < 0, known, -1)
-    changed = tl.multiple_of(ids_at.to(tl.pointer_type(tl.int64)), 16)
+    changed = aligned(ids_at, ids)
     for first in range(0, count, IDS):
         i = first + tl.arange(0, IDS)
         same = tl.load(changed + i, mask=i < count, other=-1) == known
         row = tl.maximum(row, tl.max(tl.where(same, i, -1), 0).to(tl.int64))
     if row >= 0:
-        new = tl.multiple_of(rows_at.to(tl.pointer_type(tl.float32)), 16)
-        value = tl.load(new + row * WIDTH + column, mask=here, other=0.0)
+        value = tl.load(vector(rows_at) + row * WIDTH + column, mask=here, other=0.0)
     tl.store(y + token * y_row + column, value.to(y.dtype.element_ty), mask=here)

@@ -30,7 +30,17 @@ def adapt_embedding_(y: Tensor, ids: Tensor, slots: Tensor, table: Tensor) -> No
     if len(slots):
         block, warps = embedding_tile(width)
         kernels.embedding_kernel[(len(slots), triton.cdiv(width, block))](
-            y, ids, slots, table, y.stride(0), WIDTH=width, BLOCK=block, RANKS=RANKS, IDS=IDS, num_warps=warps
+            y,
+            ids,
+            slots,
+            table,
+            len(table),
+            y.stride(0),
+            WIDTH=width,
+            BLOCK=block,
+            RANKS=RANKS,
+            IDS=IDS,
+            num_warps=warps,
         )
 
 

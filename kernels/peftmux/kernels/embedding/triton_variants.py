@@ -16,7 +16,7 @@ def variants() -> Iterable[Variant]:
         yield Variant(
             f"embedding-{dtype}",
             kernels.embedding_kernel,
-            {"y": f"*{dtype}", "ids": "*i64", "slots": "*i32", "table": "*i64", "y_row": "i32"},
+            {"y": f"*{dtype}", "ids": "*i64", "slots": "*i32", "table": "*i64", "capacity": "i32", "y_row": "i32"},
             {"WIDTH": 4096, "BLOCK": block, "RANKS": RANKS, "IDS": IDS},
             num_warps=warps,
             divisible=("y_row",),

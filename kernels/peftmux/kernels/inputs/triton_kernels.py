@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from peftmux.kernels.slots.triton_kernels import first_field, vector
+
 
 @triton.jit(do_not_specialize=["tokens"])
-def scale_rows_kernel(x, out, slots, scales, tokens, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def scale_rows_kernel(x, out, slots, scales, tokens, capacity, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """out [rows, WIDTH] is x; of the first `tokens` rows those whose slot has an address in `scales` are multiplied by
     the float32 vector there. Grid: (rows, ceil(WIDTH / BLOCK)).
     """
@@ -16,10 +18,8 @@ def scale_rows_kernel(x, out, slots, scales, tokens, x_row, WIDTH: tl.constexpr,
     here = column < WIDTH
     value = tl.load(x + row * x_row + column, mask=here, other=0.0)
     slot = tl.load(slots + row, mask=row < tokens, other=0)
-    if slot > 0:
-        address = tl.load(scales + slot.to(tl.int64))
-        if address != 0:
-            vector = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
-            scale = tl.load(vector + column, mask=here, other=0.0)
-            value = (value.to(tl.float32) * scale).to(out.dtype.element_ty)
+    address = first_field(scales, capacity, slot, 1)
+    if address != 0:
+        scale = tl.load(vector(address) + column, mask=here, other=0.0)
+        value = (value.to(tl.float32) * scale).to(out.dtype.element_ty)
     tl.store(out + row * WIDTH + column, value, mask=here)

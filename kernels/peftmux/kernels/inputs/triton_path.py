@@ -25,7 +25,7 @@ def scale_rows(x: Tensor, slots: Tensor, scales: Tensor) -> Tensor:
     if rows and width:
         block = scale_tile(width)
         kernels.scale_rows_kernel[(rows, triton.cdiv(width, block))](
-            x, out, slots, scales, len(slots), x.stride(0), WIDTH=width, BLOCK=block, num_warps=4
+            x, out, slots, scales, len(slots), len(scales), x.stride(0), WIDTH=width, BLOCK=block, num_warps=4
         )
     return out
 

@@ -15,7 +15,15 @@ def variants() -> Iterable[Variant]:
         yield Variant(
             f"scale_rows-{dtype}",
             kernels.scale_rows_kernel,
-            {"x": f"*{dtype}", "out": f"*{dtype}", "slots": "*i32", "scales": "*i64", "tokens": "i32", "x_row": "i32"},
+            {
+                "x": f"*{dtype}",
+                "out": f"*{dtype}",
+                "slots": "*i32",
+                "scales": "*i64",
+                "tokens": "i32",
+                "capacity": "i32",
+                "x_row": "i32",
+            },
             {"WIDTH": 14336, "BLOCK": scale_tile(14336)},
             divisible=("x_row",),
             budget=Budget(registers=40, shared=1024),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from peftmux.kernels.slots.triton_kernels import aligned, first_field
+
 
 @triton.jit
 def slot_norm_kernel(
@@ -13,6 +15,7 @@ def slot_norm_kernel(
     like,
     slots,
     table,
+    capacity,
     heads,
     x_token,
     x_head,
@@ -32,9 +35,7 @@ def slot_norm_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
-    if slot <= 0:
-        return
-    weight_at = tl.load(table + slot.to(tl.int64) * 2)
+    weight_at = first_field(table, capacity, slot, 2)
     if weight_at == 0:
         return
     bias_at = tl.load(table + slot.to(tl.int64) * 2 + 1)
@@ -47,9 +48,7 @@ def slot_norm_kernel(
     if CENTRED:
         wide = tl.where(here, wide - (tl.sum(wide, 1) / WIDTH)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(wide * wide, 1) / WIDTH + eps)
-    weight = tl.multiple_of(weight_at.to(tl.pointer_type(like.dtype.element_ty)), 16)
-    out = wide * scale[:, None] * (tl.load(weight + at, mask=here, other=0.0).to(tl.float32) + OFFSET)
+    out = wide * scale[:, None] * (tl.load(aligned(weight_at, like) + at, mask=here, other=0.0).to(tl.float32) + OFFSET)
     if bias_at != 0:
-        bias = tl.multiple_of(bias_at.to(tl.pointer_type(like.dtype.element_ty)), 16)
-        out = out + tl.load(bias + at, mask=here, other=0.0).to(tl.float32)
+        out = out + tl.load(aligned(bias_at, like) + at, mask=here, other=0.0).to(tl.float32)
     tl.store(y + token * y_token + head[:, None] * y_head + column[None, :], out.to(y.dtype.element_ty), mask=here)

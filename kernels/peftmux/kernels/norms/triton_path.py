@@ -36,6 +36,7 @@ def slot_norm_(
             like,
             slots,
             table,
+            len(table),
             heads,
             x.stride(0),
             x.stride(1),

@@ -26,7 +26,7 @@ def _variant(dtype: str, width: int, heads: int, centred: bool, offset: float) -
     yield Variant(
         f"slot_norm-{name}-{dtype}-{width}",
         kernels.slot_norm_kernel,
-        types | {"slots": "*i32", "table": "*i64", "heads": "i32", "eps": "fp32"},
+        types | {"slots": "*i32", "table": "*i64", "capacity": "i32", "heads": "i32", "eps": "fp32"},
         {"WIDTH": width, "ROWS": rows, "BLOCK": block, "CENTRED": centred, "OFFSET": offset},
         num_warps=warps,
         divisible=strides,

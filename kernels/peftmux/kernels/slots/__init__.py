@@ -1,5 +1,5 @@
-"""Device tables by adapter slot: what kernels look up for each token."""
+"""Device tables by adapter slot: what kernels look up for each token or tile."""
 
-from peftmux.kernels.slots.table import CAPACITY, SlotTable, layout_version
+from peftmux.kernels.slots.table import CAPACITY, SlotTable
 
-__all__ = ["CAPACITY", "SlotTable", "layout_version"]
+__all__ = ["CAPACITY", "SlotTable"]

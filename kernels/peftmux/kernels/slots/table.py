@@ -6,28 +6,23 @@ writing one record, and a captured CUDA graph goes on serving: it holds the tabl
 
 from __future__ import annotations
 
-from itertools import count
-
 import torch
 from torch import Tensor
 
-CAPACITY = 1024
+from peftmux.kernels.lowrank.workspace import workspace
+
+CAPACITY = 256
 """Slots of a new table."""
-
-_versions = count(1)
-_version = 0
-
-
-def layout_version() -> int:
-    """Grows whenever some table is made or moved: a graph captured at another version must be captured anew."""
-    return _version
+_ALIGNMENT = 16
+"""Bytes: kernels read whole vectors from an address on."""
 
 
 class SlotTable:
     """Records of `width` int64 values, zero where a slot has none. Belongs to the thread that runs the model.
 
     The table is made when its first record is, keeps its place while slots stay below its capacity, and owns what its
-    records point at. It is written in the order of the current stream, so steps already queued see the old record.
+    records point at; where it is made or moves, the workspace's `generation` rises. It is written in the order of the
+    current stream, so steps already queued see the old record, and what a record pointed at outlives them.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -46,16 +41,22 @@ class SlotTable:
         return self._rows
 
     def put(self, slot: int, *values: Tensor | int) -> None:
-        """A tensor stands for its address and is kept alive; it must be contiguous."""
+        """A contiguous tensor stands for its address, which is a multiple of 16 bytes: copied where it is not."""
         assert slot > 0, "slot 0 is the base model's"
         assert len(values) == self._width, f"expected {self._width} values, got {len(values)}"
+        placed = tuple(_placed(value) for value in values)
         self._reserve(slot)
-        self._held[slot] = values
-        self._write(slot, [v if isinstance(v, int) else v.data_ptr() for v in values])
+        self._held[slot] = placed
+        self._write(slot, [v if isinstance(v, int) else v.data_ptr() for v in placed])
 
     def drop(self, slot: int) -> None:
-        if self._held.pop(slot, None) is not None:
-            self._write(slot, [0] * self._width)
+        held = self._held.pop(slot, None)
+        if held is None:
+            return
+        self._write(slot, [0] * self._width)
+        for value in held:
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(torch.cuda.current_stream(value.device))
 
     def _write(self, slot: int, values: list[int]) -> None:
         record = torch.tensor(values, dtype=torch.int64)
@@ -64,7 +65,6 @@ class SlotTable:
         self.tensor[slot].copy_(record, non_blocking=True)
 
     def _reserve(self, slot: int) -> None:
-        global _version
         old = self._rows
         if old is not None and slot < len(old):
             return
@@ -74,4 +74,11 @@ class SlotTable:
         self._rows = torch.zeros(capacity, self._width, dtype=torch.int64, device=self._device)
         if old is not None:
             self._rows[: len(old)] = old
-        _version = next(_versions)
+        workspace(self._device).moved()
+
+
+def _placed(value: Tensor | int) -> Tensor | int:
+    if isinstance(value, int):
+        return value
+    assert value.is_contiguous(), "a record points at contiguous memory"
+    return value.clone() if value.data_ptr() % _ALIGNMENT else value
