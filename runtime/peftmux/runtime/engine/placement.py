@@ -11,7 +11,8 @@ from torch import Tensor
 
 from peftmux.adapters.compose import obstacle
 from peftmux.adapters.errors import AdapterInvalid, Reason
-from peftmux.adapters.parts import IMAGES, LoweredAdapter, TokenGroup, VisionPart
+from peftmux.adapters.parts import IMAGES, KVPrefix, LoweredAdapter, TokenGroup, VisionPart
+from peftmux.kernels.tree import mapped
 from peftmux.runtime.engine.images import ImageRule
 from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
@@ -20,6 +21,7 @@ from peftmux.runtime.model.ladders import SideCache
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.runner import Runner
 from peftmux.runtime.model.sites import Site, SiteGroup
+from peftmux.runtime.model.upload import Upload
 from peftmux.runtime.params import Readout
 from peftmux.runtime.scheduler import PrefixBlocks, Scheduler
 
@@ -37,6 +39,10 @@ class PreparedAdapter:
     """Names this adapter's keys and values in the prefix cache; b"" where they are the base model's."""
     size: int
     """Bytes on the device."""
+    upload: Upload
+    """On its way until this is waited for."""
+    stored: KVPrefix | None = None
+    """The prefix's keys and values in the cache's dtype, on the device."""
     virtual: Tensor | None = None
     """[prompts, n, D] in the model's dtype on the CPU: what `DevicePlacement.chunks` computes."""
     caches: tuple[SideCache, ...] = ()
@@ -101,9 +107,12 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
             f"expected at most {model.context_length - 2} virtual tokens in a context of {model.context_length}, "
             f"got {tokens}",
         )
+    upload = Upload(model.device)
     try:
-        sites = _prepare_sites(model, lowered)
-        virtual = _prepare_virtual(model, lowered)
+        with upload:
+            sites = _prepare_sites(model, lowered, upload)
+            stored = _prepare_prefix(model, lowered, upload)
+            virtual = _prepare_virtual(model, lowered)
     except ValueError as error:
         raise AdapterInvalid(Reason.NOT_FINITE, f"in {model.dtype}: {error}") from error
     size = sum(prepared.nbytes for _, prepared in sites)
@@ -111,7 +120,13 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
         count = 1 if virtual is None else len(virtual)
         size += count * -(-prefix.length // block_size) * block_bytes(model.kv_shapes, block_size, model.dtype)
     caches = tuple(prepared.cache for site, prepared in sites if site is model.ladders)
-    return PreparedAdapter(lowered, sites, _salt(model, lowered, caches), size, virtual, caches)
+    return PreparedAdapter(lowered, sites, _salt(model, lowered, caches), size, upload, stored, virtual, caches)
+
+
+def _prepare_prefix(model: LoadedModel, lowered: LoweredAdapter, upload: Upload) -> KVPrefix | None:
+    """In the cache's dtype."""
+    stored = lowered.parts.prefix
+    return None if stored is None else mapped(upload.move(stored), lambda t: t.to(model.device, model.dtype))
 
 
 def _prepare_virtual(model: LoadedModel, lowered: LoweredAdapter) -> Tensor | None:
@@ -123,17 +138,18 @@ def _prepare_virtual(model: LoadedModel, lowered: LoweredAdapter) -> Tensor | No
     return embeddings
 
 
-def _prepare_sites(model: LoadedModel, lowered: LoweredAdapter) -> tuple[tuple[Site, Any], ...]:
+def _prepare_sites(model: LoadedModel, lowered: LoweredAdapter, upload: Upload) -> tuple[tuple[Site, Any], ...]:
     sites: list[tuple[Site, Any]] = []
     linear = lowered.parts.linear
     for group, names in _by_group(model, lowered).items():
-        sites.append((group.lowrank, group.lowrank.prepare([None if n is None else linear[n] for n in names])))
+        own = [None if n is None else upload.move(linear[n]) for n in names]
+        sites.append((group.lowrank, group.lowrank.prepare(own)))
     for name, parts in lowered.parts.others.items():
         for part in parts:
             site = model.places[type(part), name]
-            sites.append((site, site.prepare(part)))
+            sites.append((site, site.prepare(upload.move(part))))
     if lowered.parts.head is not None:
-        sites.append((model.heads, model.heads.prepare(lowered.parts.head)))
+        sites.append((model.heads, model.heads.prepare(upload.move(lowered.parts.head))))
     return tuple(sites)
 
 
@@ -189,6 +205,7 @@ class DevicePlacement:
                 f"adapter {name!r} needs {needed} bytes: expected at most {self._budget - self.bytes} of the "
                 f"adapter memory's {self._budget}, the rest is held by other adapters"
             )
+        adapter.upload.wait()
         parts = adapter.lowered.parts
         first_position, prefixes = 0, self._place_prefixes(name, adapter)
         if parts.prefix is not None:
@@ -222,7 +239,7 @@ class DevicePlacement:
 
     def _place_prefixes(self, name: str, adapter: PreparedAdapter) -> tuple[PrefixBlocks, ...]:
         """Blocks for all that stands before rows. Stored keys and values are written, virtual tokens are not yet."""
-        stored, virtual = adapter.lowered.parts.prefix, adapter.virtual
+        stored, virtual = adapter.stored, adapter.virtual
         if stored is not None:
             blocks = self._scheduler.allocate_prefix(stored.length, name)
             self._runner.cache.write_prefix(blocks.blocks, stored)

@@ -12,6 +12,7 @@ from peftmux.adapters.parts import KVPrefix
 from peftmux.kernels.attention import choose_attention, copy_blocks
 from peftmux.runtime.model.attention import PagedLayer
 from peftmux.runtime.model.loaded import LoadedModel
+from peftmux.runtime.model.staging import to_device
 
 
 def block_bytes(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) -> int:
@@ -48,9 +49,8 @@ class PagedCache:
 
     def write_prefix(self, blocks: Sequence[int], prefix: KVPrefix) -> None:
         """Fill an adapter's own blocks with its keys and values, positions 0 .. n - 1."""
-        slots = self.slots(blocks, 0, prefix.length)
+        (index,) = to_device([self.slots(blocks, 0, prefix.length)], self._layers[0].k_cache.device)
         for layer, k, v in zip(self._layers, prefix.keys, prefix.values, strict=True):
-            index = torch.tensor(slots, device=layer.k_cache.device)
             layer.path.write_kv(_like(k, layer.k_cache), _like(v, layer.v_cache), layer.k_cache, layer.v_cache, index)
 
     def slot(self, blocks: Sequence[int], position: int) -> int:

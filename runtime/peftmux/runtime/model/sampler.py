@@ -14,7 +14,7 @@ from torch import Tensor
 from peftmux.runtime.model.sampling_filters import filtered, is_filtered
 from peftmux.runtime.model.sampling_noise import draw_key, log_exponential
 from peftmux.runtime.model.sampling_penalties import change_logits, changes_logits
-from peftmux.runtime.model.staging import Readback
+from peftmux.runtime.model.staging import Readback, on_device
 from peftmux.runtime.params import TokenLogprob
 from peftmux.runtime.scheduler.plan import RowPlan
 
@@ -81,7 +81,7 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], top: int) -> tuple[T
         if not part.amax(1).isfinite().all():
             return ()
         wanted = list(targets[at : at + _REPORTED_AT_ONCE])
-        report = _report(part, torch.tensor(wanted, device=part.device), top)
+        report = _report(part, on_device(wanted, part.device), top)
         values = torch.cat([piece.flatten().double() for piece in report]).tolist()
         entries += _entries(values, wanted, [top] * len(wanted))
     return tuple(entries)
@@ -135,7 +135,7 @@ def _draws_filtered(row: RowPlan) -> bool:
 
 def _tempered(scores: Tensor, drawn: Sequence[int], rows: Sequence[RowPlan]) -> Tensor:
     """(l - max l) / temperature: no temperature can make the largest overflow."""
-    temperatures = torch.tensor([[rows[i].sampling.temperature] for i in drawn], device=scores.device)
+    temperatures = on_device([[rows[i].sampling.temperature] for i in drawn], scores.device)
     return (scores - scores.amax(1, keepdim=True)).div_(temperatures)
 
 
@@ -173,7 +173,7 @@ def _where(rows: Sequence[RowPlan], wanted: Callable[[RowPlan], bool]) -> list[i
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, device=like.device)
+    return on_device(rows, like.device)
 
 
 def _pick(tensor: Tensor, rows: list[int]) -> Tensor:

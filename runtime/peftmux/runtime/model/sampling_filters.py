@@ -12,6 +12,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from peftmux.runtime.model.staging import on_device
 from peftmux.runtime.params import SamplingParams
 
 _WIDTHS = (64, 1024, 8192)
@@ -41,9 +42,13 @@ def filtered(scores: Tensor, params: Sequence[SamplingParams]) -> list[tuple[lis
             break
         done, left = ([i for i, k in enumerate(known) if k is wanted] for wanted in (True, False))
         if done:
-            at = torch.tensor(done, device=scores.device)
+            at = on_device(done, scores.device)
             groups.append(([rows[i] for i in done], kept[at], ids[at].int()))
-        rows, scores, params = [rows[i] for i in left], scores[left], [params[i] for i in left]
+        rows, scores, params = (
+            [rows[i] for i in left],
+            scores[on_device(left, scores.device)],
+            [params[i] for i in left],
+        )
     return groups
 
 
@@ -52,11 +57,11 @@ def _threshold(scores: Tensor, values: Tensor, params: Sequence[SamplingParams])
     width, vocabulary = values.shape[1], scores.shape[1]
 
     def column(numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float32, device=scores.device)
+        return on_device(numbers, scores.device, torch.float32)
 
     top_k = [min(p.top_k, vocabulary) or vocabulary for p in params]
-    at = torch.tensor([min(k, width) - 1 for k in top_k], device=scores.device)
-    limited = torch.tensor([k <= width for k in top_k], device=scores.device)
+    at = on_device([min(k, width) - 1 for k in top_k], scores.device)
+    limited = on_device([k <= width for k in top_k], scores.device)
     lowest = values.gather(1, at[:, None]).squeeze(1).masked_fill(~limited, float("-inf"))
     lowest = torch.maximum(lowest, column([log(p.min_p) if p.min_p > 0 else float("-inf") for p in params]))
     if all(p.top_p >= 1.0 for p in params):
@@ -68,7 +73,7 @@ def _threshold(scores: Tensor, values: Tensor, params: Sequence[SamplingParams])
     reached = mass >= wanted[:, None]
     last = values.gather(1, reached.int().argmax(1, keepdim=True)).squeeze(1)
     # The mass of the survivors is known unless a top_k that lies outside `values` has still to thin them out.
-    unlimited = torch.tensor([k == vocabulary for k in top_k], device=scores.device)
+    unlimited = on_device([k == vocabulary for k in top_k], scores.device)
     known = limited | unlimited | (lowest > values[:, -1])
-    cuts = torch.tensor([p.top_p < 1.0 for p in params], device=scores.device)
+    cuts = on_device([p.top_p < 1.0 for p in params], scores.device)
     return torch.where(cuts & known & reached[:, -1], torch.maximum(last, lowest), lowest)

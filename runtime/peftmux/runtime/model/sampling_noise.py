@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftmux.runtime.model.staging import on_device
+
 _MASK = (1 << 64) - 1
 
 
@@ -43,7 +45,7 @@ def log_exponential(keys: Sequence[tuple[int, int]], ids: Tensor) -> Tensor:
     murmur3's 32-bit finaliser over the id, with one half of the key added before it and the other xored inside. In
     place throughout: this is the one pass over a whole vocabulary that an unrestricted draw cannot avoid.
     """
-    halves = torch.tensor(keys, dtype=torch.int32, device=ids.device)  # [R, 2]
+    halves = on_device(keys, ids.device, torch.int32)  # [R, 2]
     bits = ids * _SPREAD + halves[:, :1]
     scratch = torch.empty_like(bits)
     _xor_shift(bits, 16, scratch)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from peftmux.runtime.model.staging import on_device
 from peftmux.runtime.scheduler.plan import RowPlan
 
 
@@ -49,8 +50,8 @@ def _entries(logits: Tensor, entries: Iterable[tuple[int, int, float]]) -> tuple
         return None
     rows, ids, values = zip(*listed, strict=True)
     device = logits.device
-    index = torch.tensor([rows, ids], device=device)
-    return (index[0], index[1]), torch.tensor(values, dtype=logits.dtype, device=device)
+    index = on_device([rows, ids], device)
+    return (index[0], index[1]), on_device(values, device, logits.dtype)
 
 
 def _seen(row: RowPlan) -> set[int]:

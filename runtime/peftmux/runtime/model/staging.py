@@ -24,6 +24,12 @@ def to_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tens
     return pieces(packed(lists, device).to(device, non_blocking=True), sizes)
 
 
+def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`torch.tensor`, which on a GPU would wait for everything that has been launched."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def packed(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """The lists one after the other, each begun at a multiple of 16 bytes, on the host: pinned for a GPU."""
     starts, total = _starts([len(values) for values in lists])
