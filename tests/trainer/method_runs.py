@@ -80,9 +80,11 @@ class StopAt(TrainerCallback):
         raise KeyboardInterrupt
 
 
-def check_resumes(method: str, base: Path, rows: Path, folder: Path, config: Config | None = None) -> None:
+def check_resumes(
+    method: str, base: Path, rows: Path, folder: Path, config: Config | None = None, options: Config | None = None
+) -> None:
     """Interrupted and resumed, it ends with the bits of a whole run."""
-    run: Config = {"model": base, "data": rows, "config": with_dropout(method, config)}
+    run: Config = {"model": base, "data": rows, "config": with_dropout(method, config), **(options or {})}
     train(method, **run, out=folder / "whole", training=QUICK)
     saving = {**QUICK, "save_strategy": "steps", "save_steps": 4}
     with pytest.raises(KeyboardInterrupt):

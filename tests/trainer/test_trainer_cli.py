@@ -30,6 +30,7 @@ METHOD_FLAGS["shira"] = {"--r", "--mask", "--target-modules"}
 METHOD_FLAGS["bitfit"] = {"--bias-terms"}
 METHOD_FLAGS["layers"] = {"--trained-layers", "--target-modules"}
 METHOD_FLAGS["diffpruning"] = {"--sparsity", "--structured", "--l0-weight", "--alpha-init", "--alpha-learning-rate"}
+METHOD_FLAGS["head"] = set()
 METHOD_FLAGS["prompt"] = {"--num-virtual-tokens", "--prompt-init", "--prompt-init-text"}
 METHOD_FLAGS["p-tuning"] = METHOD_FLAGS["prompt"] | {"--encoder-reparameterization-type", "--encoder-hidden-size"}
 METHOD_FLAGS["rslora"] = METHOD_FLAGS["lora"] - {"--use-rslora"}
@@ -46,6 +47,7 @@ RUN_FLAGS = {
         "--dtype",
     ),
     *("--attn-implementation", "--early-stopping-patience", "--resume", "--overwrite", "--dry-run"),
+    *("--task", "--labels"),
     *("--packing", "--pack-length", "--sweep", "--publish"),
     *("--loss", "--beta", "--desirable-weight", "--undesirable-weight"),
 }

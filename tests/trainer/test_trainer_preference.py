@@ -22,13 +22,7 @@ from peftmux.trainer.preference import dpo, kto, log_probabilities
 from tests.trainer.tiny_models import build_tokenizer, copy_task, write_rows
 
 QUICK: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 1e-2}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4},
-    "prefix": {"num_virtual_tokens": 3},
-    "prompt": {},
-    "pissa": {},
-    "ladder": {},
-}
+CONFIGS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "prefix": {"num_virtual_tokens": 3}, "prompt": {}, "pissa": {}}
 
 
 def rows_of(loss: str, count: int, seed: int = 0) -> list[dict[str, Any]]:

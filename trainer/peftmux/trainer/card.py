@@ -44,6 +44,11 @@ class CardFacts:
     data: DataFacts
     eval_data: DataFacts | None = None
     notes: tuple[str, ...] = ()
+    task: str = "generation"
+
+
+_PIPELINES = {"generation": "text-generation", "sequence": "text-classification", "token": "token-classification"}
+"""The Hub's names of our tasks."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -51,7 +56,7 @@ def model_card(facts: CardFacts) -> str:
     front = {
         "base_model": facts.base_model,
         "library_name": "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES[facts.task],
         "tags": ["peftmux", facts.method],
     }
     share = 100 * facts.trained_parameters / facts.base_parameters

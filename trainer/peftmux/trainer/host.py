@@ -82,6 +82,9 @@ class Host:
         """The batch's rows by adapter, covering all of them in order; None: all are the one adapter's."""
         self._adapters: dict[str, AttachedAdapter] = {}
         self._hook: RemovableHandle | None = None
+        self._reader: RemovableHandle | None = None
+        self._given: Any = None
+        self._own_loss: Any = None
 
     @classmethod
     def of(cls, model: Any) -> Host:
@@ -107,9 +110,12 @@ class Host:
                 self.model.add_module(_MODULE, nn.ModuleDict())
             # after the base's modules: the model takes the dtype of its first parameter for its own
             getattr(self.model, _MODULE)[adapter.key] = adapter.modules.train(self.model.training)
-        if self._hook is None and (adapter.prefix or adapter.virtual):
+        if self._hook is None and _needs_hook(adapter):
             self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         adapter.installed()
+        if self._reader is None and adapter.head is not None:
+            self._reader = self.model.base_model.register_forward_hook(self._read_states)
+            self._own_loss, self.model.loss_function = self.model.loss_function, self._loss
 
     def remove(self, adapter: AttachedAdapter) -> None:
         del self._adapters[adapter.key]
@@ -123,10 +129,19 @@ class Host:
             del held[adapter.key]
             if not len(held):
                 delattr(self.model, _MODULE)
-        if self._hook is not None and not any(a.prefix or a.virtual for a in self._adapters.values()):
+        if self._hook is not None and not any(map(_needs_hook, self._adapters.values())):
             self._hook.remove()
             self._hook = None
         adapter.removed()
+        if self._reader is not None and all(a.head is None for a in self._adapters.values()):
+            self._reader.remove()
+            self._reader = self._given = None
+            self.model.loss_function = self._own_loss
+
+    def replace(self, old: AttachedAdapter, new: AttachedAdapter) -> None:
+        """`new` has the changes and the key of `old`, and takes its place."""
+        self.remove(old)
+        self.add(new)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -166,6 +181,26 @@ class Host:
         """The batch's rows that are this adapter's; None where it has none."""
         return slice(None) if self.spans is None else dict(self.spans).get(key)
 
+    @property
+    def loss_function(self) -> Any:
+        """The model's own."""
+        return self.model.loss_function if self._reader is None else self._own_loss
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """[B, T, D] of the last pass: the decoder's final states, while an adapter with a head is attached."""
+        return None if self._given is None else self._given[0]
+
+    def _read_states(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._given = output  # not what is in it: a ladder's hook may come later
+
+    def _loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Any:
+        """The model's own loss of what the one adapter at work scores; labels: [B, K] of the last K positions."""
+        key = self.spans[0][0] if self.spans else next(iter(self._adapters))
+        assert self.hidden is not None
+        scores, size = self._adapters[key].scores(logits, self.hidden[:, -labels.shape[1] :], vocab_size)
+        return self._own_loss(logits=scores, labels=labels, vocab_size=size, **kwargs)
+
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -178,7 +213,13 @@ class Host:
         inputs = Inputs(self.model, {**kwargs, "input_ids": ids})
         inputs.insert_virtual(virtual)
         inputs.prepend_prefixes(prefixes)
+        if "logits_to_keep" in inputs.kwargs and all(a.head is not None for _, a in parts):
+            inputs.kwargs["logits_to_keep"] = 1  # nobody reads them
         return args[1:], inputs.kwargs
+
+
+def _needs_hook(adapter: AttachedAdapter) -> bool:
+    return bool(adapter.prefix or adapter.virtual or adapter.head)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -14,9 +14,17 @@ from transformers import TrainerCallback
 from peftmux.trainer.arguments import checked_learning_rate, reported_arguments, training_arguments
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
-from peftmux.trainer.data import encode_preferences, encode_rows, file_digest, read_rows
+from peftmux.trainer.data import (
+    encode_labelled,
+    encode_preferences,
+    encode_rows,
+    file_digest,
+    label_names,
+    read_rows,
+)
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.export import export_adapter, publish
+from peftmux.trainer.heads import HeadedAdapter, TaskHead
 from peftmux.trainer.host import Host
 from peftmux.trainer.huggingface_trainer import AdapterTrainer, newest_checkpoint
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
@@ -78,9 +86,10 @@ def prepare(
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
     _check_out(options)
     checked_learning_rate(training.get("learning_rate", 0.0))
-    loss = "" if options.loss == NEXT_TOKEN else options.loss
-    rows = read_rows(options.data, loss)
-    eval_rows = read_rows(options.eval_data, loss) if options.eval_data else None
+    task = options.task if options.loss == NEXT_TOKEN else options.loss
+    rows = read_rows(options.data, task)
+    eval_rows = read_rows(options.eval_data, task) if options.eval_data else None
+    labels = label_names(rows, options.labels) if options.task != "generation" else ()
     model, tokenizer = base()
     rate = method.learning_rate(model.config.get_text_config().hidden_size)
     args = training_arguments(options, training, rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE)
@@ -88,14 +97,16 @@ def prepare(
     limit = min(options.max_length or sys.maxsize, longest_row(model, getattr(config, "num_virtual_tokens", 0)))
     if limit < 2:
         raise OptionError("num-virtual-tokens", f"expected room for a row in the model's context, found {limit} tokens")
-    data = _encode(options.data, rows, tokenizer, options, limit)
-    eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit) if options.eval_data else None
+    data = _encode(options.data, rows, tokenizer, options, limit, labels)
+    eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit, labels) if options.eval_data else None
 
     def tokenize(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     with Host.of(model).aside():
-        adapter = method.attach(model, config, AttachContext(args.seed, data.encoded.examples, tokenize))
+        adapter = method.attach(model, config, AttachContext(args.seed, data.encoded.examples, tokenize, labels))
+        if options.task != "generation":
+            adapter = HeadedAdapter(adapter, TaskHead(model, options.task, labels, args.seed), model)
     return Prepared(
         method, options, config, training, model, tokenizer, args, data, eval_data, adapter, base_parameters
     )
@@ -122,6 +133,7 @@ def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
         data=ready.data,
         eval_data=ready.eval_data,
         notes=ready.adapter.notes,
+        task=ready.options.task,
     )
     digest = export_adapter(ready.adapter, ready.options.model, ready.options.out, model_card(facts))
     if ready.options.publish:
@@ -137,11 +149,14 @@ def _check_out(options: RunOptions) -> None:
         raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
 
 
-def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: int) -> DataFacts:
-    encode = encode_rows if options.loss == NEXT_TOKEN else encode_preferences
-    encoded = encode(
-        rows, tokenizer, path, max_length=limit, over_long=options.over_long, append_eos=options.append_eos
-    )
+def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: int, labels: Sequence[str]) -> DataFacts:
+    if labels:  # the last label stands after a row, so the row has one token less
+        encoded = encode_labelled(rows, tokenizer, path, labels, max_length=limit - 1, over_long=options.over_long)
+    else:
+        encode = encode_rows if options.loss == NEXT_TOKEN else encode_preferences
+        encoded = encode(
+            rows, tokenizer, path, max_length=limit, over_long=options.over_long, append_eos=options.append_eos
+        )
     return DataFacts(Path(path).name, file_digest(path), encoded)
 
 

@@ -21,10 +21,20 @@ class RunOptions:
 
     model: str = field(metadata={"help": "the base model: a folder, or a name on the Hugging Face Hub"})
     data: str = field(
-        metadata={"help": "training rows: JSON lines or Parquet of {prompt, completion}, {messages} or {text}"}
+        metadata={
+            "help": "training rows: JSON lines or Parquet of {prompt, completion}, {messages} or {text}; "
+            "{text, label} for --task sequence, {tokens, labels} for --task token"
+        }
     )
     out: str = field(metadata={"help": "folder for the adapter; appears when the run has succeeded"})
     eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate on, same formats"})
+    task: Literal["generation", "sequence", "token"] = field(
+        default="generation",
+        metadata={"help": "what the adapter does: write, or classify whole sequences or each of their words"},
+    )
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "a classifier's label names by index; default: those of the data, sorted"}
+    )
     max_length: int | None = field(default=None, metadata={"help": "tokens per row; default: what the base can take"})
     over_long: Literal["error", "truncate", "drop"] = field(
         default="error", metadata={"help": "what to do with a longer row"}
@@ -80,6 +90,10 @@ class RunOptions:
             raise OptionError("loss", f"expected {' or '.join(LOSSES)}, got {self.loss!r}")
         if self.loss != NEXT_TOKEN and self.packing:
             raise OptionError("packing", f"{self.loss} scores whole rows: train without packing")
+        if self.labels is not None and self.task == "generation":
+            raise OptionError("labels", "are a classifier's: give --task sequence or --task token")
+        if self.loss != NEXT_TOKEN and self.task != "generation":
+            raise OptionError("loss", f"{self.loss} compares what is written: not for --task {self.task}")
         if self.early_stopping_patience and not self.eval_data:
             raise OptionError("early-stopping-patience", "needs rows to evaluate on: give --eval-data")
 

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from peftmux.trainer.card import DataFacts
 from peftmux.trainer.data import PackedCollator, PaddingCollator, PreferenceCollator, check_packing, pack_features
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.heads import TaskHead
 from peftmux.trainer.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.methods import AttachedAdapter, Method
 from peftmux.trainer.objective import Preference
@@ -44,7 +45,9 @@ class Prepared:
         """What decides the loss, where it is not the model's own."""
         options = self.options
         names = {"dpo": ("beta",), "kto": ("beta", "desirable_weight", "undesirable_weight")}.get(options.loss, ())
-        return {"loss": options.loss, **{name: getattr(options, name) for name in names}} if names else {}
+        chosen = {"loss": options.loss, **{name: getattr(options, name) for name in names}} if names else {}
+        labels = {"labels": list(self.adapter.head.labels)} if isinstance(self.adapter.head, TaskHead) else {}
+        return {**chosen, **({"task": options.task, **labels} if labels else {})}
 
 
 def make_trainer(ready: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> AdapterTrainer:

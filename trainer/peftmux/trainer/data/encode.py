@@ -34,6 +34,11 @@ class Example:
         first = next(i for i, label in enumerate(self.labels) if i and label != IGNORED)
         return {"input_ids": self.input_ids, "labels": self.labels, "first_label": first}
 
+    @property
+    def learned(self) -> int:
+        """How many tokens are learned."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedData:
@@ -57,7 +62,7 @@ class EncodedData:
 
     @property
     def learned_tokens(self) -> int:
-        return sum(label != IGNORED for e in self.examples for label in e.labels[1:])
+        return sum(example.learned for example in self.examples)
 
 
 def encode_rows(

@@ -22,7 +22,11 @@ PREFERENCES: Mapping[str, tuple[str, ...]] = {
     "kto": ("prompt", "completion", "label"),
 }
 """The columns that a preference loss needs."""
-_LABELS = ("label", "labels")
+_TASK_FORMATS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "generation": FORMATS,
+    "sequence": {"text-label": ("text", "label")},
+    "token": {"tokens-labels": ("tokens", "labels")},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,11 @@ class Row:
     fields: Mapping[str, object]
 
 
-def read_rows(path: str | Path, loss: str = "") -> list[Row]:
+def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
     """All rows of a file, in order, each checked for its columns and their types.
 
-    `loss` is one of PREFERENCES, whose columns every row must have; otherwise the first row decides the file's format,
-    and every other row must have the same columns.
+    `task` is "generation", "sequence", "token", or one of PREFERENCES, whose columns every row must have; otherwise the
+    first row decides the file's format, and every other row must have the same columns.
     Raises DataError with the file and the line: no such file, no rows, broken JSON, a missing column, a wrong type.
     """
     path = Path(path)
@@ -48,10 +52,10 @@ def read_rows(path: str | Path, loss: str = "") -> list[Row]:
     rows: list[Row] = []
     kind = ""
     for line, record in records:
-        if loss:
-            rows.append(Row(line, loss, _checked_preference(path, line, record, loss)))
+        if task in PREFERENCES:
+            rows.append(Row(line, task, _checked_preference(path, line, record, task)))
             continue
-        kind = kind or _detect_format(path, line, record)
+        kind = kind or _detect_format(path, line, record, _TASK_FORMATS[task])
         rows.append(Row(line, kind, _checked(path, line, record, kind)))
     if not rows:
         raise DataError(path, None, "expected at least one row, found an empty file")
@@ -94,11 +98,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     yield from enumerate(records, start=1)
 
 
-def _detect_format(path: Path, line: int, record: Mapping[str, object]) -> str:
-    matching = [name for name, columns in FORMATS.items() if all(c in record for c in columns)]
+def _detect_format(path: Path, line: int, record: Mapping[str, object], formats: Mapping[str, tuple[str, ...]]) -> str:
+    matching = [name for name, columns in formats.items() if all(c in record for c in columns)]
     if len(matching) == 1:
         return matching[0]
-    wanted = " or ".join("{" + ", ".join(columns) + "}" for columns in FORMATS.values())
+    wanted = " or ".join("{" + ", ".join(columns) + "}" for columns in formats.values())
     found = ", ".join(map(repr, record)) or "none"
     if matching:
         raise DataError(path, line, f"expected the columns of one format, {wanted}; found several: {found}")
@@ -106,18 +110,41 @@ def _detect_format(path: Path, line: int, record: Mapping[str, object]) -> str:
 
 
 def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> Mapping[str, object]:
-    for column in _LABELS:
-        if column in record:
-            raise DataError(path, line, f"column {column!r} is for classification, which no method here trains yet")
-    _check_present(path, line, record, FORMATS[kind], f"the file's rows are {kind}")
-    for column in FORMATS[kind]:
+    columns = next(own[kind] for own in _TASK_FORMATS.values() if kind in own)
+    for column, task in (("label", "sequence"), ("labels", "token")):
+        if kind in FORMATS and column in record:
+            raise DataError(path, line, f"column {column!r} is for classification: give --task {task}")
+    _check_present(path, line, record, columns, f"the file's rows are {kind}")
+    for column in columns:
         if kind == "messages":
             _check_messages(path, line, record[column])
+        elif column in ("tokens", "labels"):
+            _check_list(path, line, column, record[column])
+        elif column == "label":
+            _check_label(path, line, "column 'label'", record[column])
         elif not isinstance(record[column], str):
             raise DataError(path, line, f"column {column!r}: expected a string, found {_type_name(record[column])}")
-    if kind != "messages" and not record[FORMATS[kind][-1]]:
-        raise DataError(path, line, f"column {FORMATS[kind][-1]!r}: expected text to learn, found an empty string")
-    return {column: record[column] for column in FORMATS[kind]}
+    if kind in ("prompt-completion", "text") and not record[columns[-1]]:
+        raise DataError(path, line, f"column {columns[-1]!r}: expected text to learn, found an empty string")
+    if kind == "tokens-labels" and len(record["tokens"]) != len(record["labels"]):  # type: ignore[arg-type]
+        sizes = f"{len(record['tokens'])} and {len(record['labels'])}"  # type: ignore[arg-type]
+        raise DataError(path, line, f"expected one label for each of the tokens, found {sizes}")
+    return {column: record[column] for column in columns}
+
+
+def _check_list(path: Path, line: int, column: str, value: object) -> None:
+    if not isinstance(value, list) or not value:
+        raise DataError(path, line, f"column {column!r}: expected a list, found {_type_name(value)}")
+    for i, item in enumerate(value):
+        if column == "labels":
+            _check_label(path, line, f"labels[{i}]", item)
+        elif not isinstance(item, str) or not item.strip():
+            raise DataError(path, line, f"tokens[{i}]: expected a word, found {_type_name(item)}")
+
+
+def _check_label(path: Path, line: int, where: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise DataError(path, line, f"{where}: expected a name or a whole number, found {_type_name(value)}")
 
 
 def _checked_preference(path: Path, line: int, record: Mapping[str, object], loss: str) -> Mapping[str, object]:

@@ -36,13 +36,20 @@ class Together:
 
     def _loss(self, jobs: Sequence[Job], batch: JoinedBatch) -> Tensor:
         """The sum of all jobs' losses, each over its own rows by the model's own loss function."""
-        model = self._model
+        model, host = self._model, Host.of(self._model)
+        own = host.loss_function
 
         def by_job(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
-            pieces = zip(jobs, logits.split(batch.rows), labels.split(batch.rows), strict=True)
-            losses = [job.loss(own, part, target, vocab_size) for job, part, target in pieces]
+            last = labels.shape[1]
+            states = [None] * len(jobs) if host.hidden is None else host.hidden[:, -last:].split(batch.rows)
+            losses = []
+            for job, part, target, hidden in zip(
+                jobs, logits.split(batch.rows), labels.split(batch.rows), states, strict=True
+            ):
+                scores, size = job.adapter.scores(part, hidden, vocab_size)
+                losses.append(job.loss(own, scores, target, size))
             return sum(losses[1:], losses[0])
 
-        with replaced_loss(model, by_job) as own:
+        with replaced_loss(model, by_job):
             loss: Tensor = model(**batch.inputs(self._crop)).loss
         return loss

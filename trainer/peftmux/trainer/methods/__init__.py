@@ -10,6 +10,7 @@ from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.bitfit import BITFIT
 from peftmux.trainer.methods.diffpruning import DIFFPRUNING
 from peftmux.trainer.methods.dora import DORA
+from peftmux.trainer.methods.head import HEAD
 from peftmux.trainer.methods.ia3 import IA3
 from peftmux.trainer.methods.ladder import LADDER
 from peftmux.trainer.methods.layers import LAYERS
@@ -28,7 +29,7 @@ __all__ = ["METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method"
 _ALL = (
     *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
     *(PREFIX, PROMPT, P_TUNING),
-    *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER),
+    *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER, HEAD),
 )
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}

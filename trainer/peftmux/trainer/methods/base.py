@@ -22,12 +22,13 @@ _KEYS = itertools.count()
 class AttachContext:
     """What a method may use to initialise its tensors: the training data, and the base's tokenizer.
 
-    tokenize: text -> ids, without special tokens; None where there is no tokenizer.
+    tokenize: text -> ids, without special tokens; None where there is no tokenizer. labels: a classifier's names.
     """
 
     seed: int
     examples: Sequence[Example] = ()
     tokenize: Callable[[str], list[int]] | None = None
+    labels: tuple[str, ...] = ()
 
 
 class AttachedAdapter:
@@ -39,6 +40,8 @@ class AttachedAdapter:
 
     prefix: PrefixSource | None = None
     virtual: VirtualTokens | None = None
+    head: nn.Module | None = None
+    """A classifier on the final hidden states, whose scores the loss is of."""
 
     def __init__(
         self,
@@ -126,6 +129,10 @@ class AttachedAdapter:
 
     def after_step(self, step: int, total: int) -> None:
         """The optimiser has moved."""
+
+    def scores(self, logits: Tensor, hidden: Tensor | None, vocab_size: int) -> tuple[Tensor, int]:
+        """What the loss is of, [..., C], and C: the model's logits [..., vocab_size], or a classifier's of `hidden`."""
+        return logits, vocab_size
 
     def checkpoint_activations(self) -> bool:
         """Save activation memory by recomputing layers. False: transformers' own way works with this adapter."""
