@@ -31,6 +31,9 @@ METHOD_FLAGS["bitfit"] = {"--bias-terms"}
 METHOD_FLAGS["layers"] = {"--trained-layers", "--target-modules"}
 METHOD_FLAGS["diffpruning"] = {"--sparsity", "--structured", "--l0-weight", "--alpha-init", "--alpha-learning-rate"}
 METHOD_FLAGS["head"] = set()
+METHOD_FLAGS["houlsby"] = {"--reduction-factor", "--non-linearity", "--scaling", "--leave-out", "--adapterdrop"}
+METHOD_FLAGS["pfeiffer"] = METHOD_FLAGS["parallel"] = METHOD_FLAGS["houlsby"] | {"--drop-first", "--ln-before"}
+METHOD_FLAGS["fusion"] = {"--adapters", "--regularization"}
 METHOD_FLAGS["prompt"] = {"--num-virtual-tokens", "--prompt-init", "--prompt-init-text"}
 METHOD_FLAGS["p-tuning"] = METHOD_FLAGS["prompt"] | {"--encoder-reparameterization-type", "--encoder-hidden-size"}
 METHOD_FLAGS["rslora"] = METHOD_FLAGS["lora"] - {"--use-rslora"}

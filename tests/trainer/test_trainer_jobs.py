@@ -16,6 +16,7 @@ from peftmux.trainer.cli import main
 from peftmux.trainer.errors import DataError
 from peftmux.trainer.jobs.file import JobsFile, read_jobs
 from peftmux.trainer.jobs.run import JobRun
+from tests.trainer.method_runs import tensors
 from tests.trainer.tiny_models import copy_task, write_rows
 
 TOLERANCE = 5e-5
@@ -35,6 +36,8 @@ SPECS: list[dict[str, Any]] = [
     {"name": "whole", "method": "layers", "max_steps": 4},
     {"name": "difference", "method": "diffpruning", "sparsity": 0.1, "max_steps": 6},
     {"name": "beside", "method": "ladder", "max_steps": 5},
+    {"name": "after", "method": "houlsby", "max_steps": 5, "adapterdrop": 1},
+    {"name": "parallel", "method": "parallel", "max_steps": 4},
     {"name": "directions", "method": "pissa", "r": 2, "num_train_epochs": 2},
 ]
 
@@ -67,8 +70,7 @@ def test_each_job_ends_as_its_solo_run_does(qwen2: Path, few: Path, tmp_path: Pa
             },
             training=spec.training,
         )
-        together = load_file(tmp_path / "out" / spec.name / "adapter_model.safetensors")
-        alone = load_file(tmp_path / "solo" / spec.name / "adapter_model.safetensors")
+        together, alone = tensors(tmp_path / "out" / spec.name), tensors(tmp_path / "solo" / spec.name)
         assert together.keys() == alone.keys()
         for name, tensor in alone.items():
             assert together[name].shape == tensor.shape

@@ -27,7 +27,7 @@ IN_PEFT = (
     *("prefix", "prompt", "p-tuning", "ia3", "ln", "shira"),
 )
 """The others are compared with plain torch, in files of their own."""
-GENERATE = tuple(name for name in METHODS if name != "head")
+GENERATE = tuple(name for name in METHODS if name not in ("head", "fusion"))
 CASES = [
     ("lora", {}),
     ("lora", {**PATTERNS, "lora_dropout": 0.5}),

@@ -52,6 +52,8 @@ def _branches(index: int, own: list[str], calls: _Calls, result: Tensor | None) 
         y = calls.outputs.get(name)
         if name in norms or y is None or result is None or y.shape != result.shape:
             continue
+        if next(calls.modules[name].parameters(), None) is None:  # a dropout behind the branch itself
+            continue
         for norm, h in norms.items():
             after = [other for other in (*norms.values(), result) if other is not h]
             if h.shape == y.shape and any(_close(h + y, other) for other in after):

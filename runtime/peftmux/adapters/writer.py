@@ -38,17 +38,23 @@ def write_adapter(
     return adapter_digest(plain, stored)
 
 
+DECIDING = (CONFIG_FILE, "adapter_fusion_config.json", "head_config.json")
+"""Files that say how a folder is read: of the adapter that is replaced none may stay."""
+
+
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder's files, by plain name, the config last; what becomes of the folder as in `write_adapter`."""
+    """Write a folder's files, by name or by `sub-folder/name`, configs last; the folder as in `write_adapter`."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
     aside.mkdir()
     try:
         for name, data in files.items():
+            (aside / name).parent.mkdir(exist_ok=True)
             _write_durably(aside / name, data)
-        _sync_folder(aside)
-        _publish(aside, folder, sorted(files, key=lambda name: name == CONFIG_FILE))
+        for written in {(aside / name).parent for name in files}:
+            _sync_folder(written)
+        _publish(aside, folder, sorted(files, key=lambda name: name.rpartition("/")[2] in DECIDING))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -57,9 +63,13 @@ def _publish(aside: Path, folder: Path, names: list[str]) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         os.rename(aside, folder)
     else:
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        inside = {folder, folder / "fusion", *((folder / name).parent for name in names)}
+        for place in inside:
+            for name in DECIDING:
+                (place / name).unlink(missing_ok=True)
         _sync_folder(folder)
-        for name in names:  # the config is the last of them
+        for name in names:  # the configs are the last of them
+            (folder / name).parent.mkdir(exist_ok=True)
             os.replace(aside / name, folder / name)
         _sync_folder(folder)
     _sync_folder(folder.parent)

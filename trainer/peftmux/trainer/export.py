@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftmux.adapters.writer import write_adapter
+from peftmux.adapters.files import read_adapter
+from peftmux.adapters.writer import write_adapter, write_files
 from peftmux.trainer.methods import AttachedAdapter
 
 _LORA_FIELDS: Mapping[str, object] = {
@@ -47,6 +48,10 @@ def adapter_config(adapter: AttachedAdapter, base_model: str) -> dict[str, objec
 
 def export_adapter(adapter: AttachedAdapter, base_model: str, folder: str | Path, card: str) -> str:
     """Write the folder in one step, `card` as its README.md. Returns the digest of config and tensors."""
+    files = adapter.folder(base_model)
+    if files is not None:
+        write_files(folder, {**files, "README.md": card.encode()})
+        return read_adapter(folder).digest
     return write_adapter(
         folder, adapter_config(adapter, base_model), adapter.tensors(), extra_files={"README.md": card}
     )

@@ -81,6 +81,9 @@ class HeadedAdapter(AttachedAdapter):
         head = {name: parameter.detach().cpu() for name, parameter in self._head_tensors().items()}
         return {**self._inner.tensors(), **head}
 
+    def folder(self, base_model: str, head: TaskHead | None = None) -> dict[str, bytes] | None:
+        return self._inner.folder(base_model, self.head)
+
     def sites(self) -> Mapping[str, int]:
         return {**self._inner.sites(), self.head.name: sum(p.numel() for p in self.head.parameters())}
 

@@ -6,7 +6,7 @@ rows of a batch and no other, at every place, so that one pass of the base serve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,9 @@ _MODULE = "peftmux_adapters"
 class Change(nn.Module):
     """What one adapter does at one place of the base, computed from its trainable tensors at each call.
 
-    The first dimension of x and y is the batch's rows. A subclass overrides `before`, `after` or both; its file tensors
-    are named by what follows the module's path in the adapter's file.
+    The first dimension of x and y is the batch's rows; x is the first thing that the module is given. A subclass
+    overrides `before`, `after` or both; its file tensors are named by what follows the module's path in the adapter's
+    file.
     """
 
     def before(self, x: Any) -> Any:
@@ -56,14 +57,20 @@ class Place(nn.Module):
         self.__dict__["host"] = host  # no submodule: the host holds the model
         self.training = base_layer.training
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # attention is called by keywords
+            name = next(iter(kwargs))
+            return self._changed(kwargs[name], lambda x: self.base_layer(**{**kwargs, name: x}))
+        return self._changed(args[0], lambda x: self.base_layer(x, *args[1:], **kwargs))
+
+    def _changed(self, x: Any, base: Callable[[Any], Any]) -> Any:
         spans = self.__dict__["host"].spans
         if spans is None:
             (change,) = self.changes.values()
-            return change.after(self.base_layer(change.before(x), *args, **kwargs), x)  # type: ignore[operator]
+            return change.after(base(change.before(x)), x)  # type: ignore[operator]
         here = [(span, self.changes[key] if key in self.changes else _NOTHING) for key, span in spans]  # noqa: SIM401
         given = _cat([change.before(x[span]) for span, change in here])  # type: ignore[operator]
-        y = self.base_layer(given, *args, **kwargs)
+        y = base(given)
         return _cat([change.after(_rows(y, span), x[span]) for span, change in here])  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
@@ -223,9 +230,10 @@ def _needs_hook(adapter: AttachedAdapter) -> bool:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module at path `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Put `new` in the place of the module at path `name`, which may be inside of a place itself."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    setattr(parent.base_layer if isinstance(parent, Place) else parent, child, new)
 
 
 def _rows(y: Any, span: slice) -> Any:

@@ -8,8 +8,10 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.adalora import ADALORA
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.bitfit import BITFIT
+from peftmux.trainer.methods.bottleneck import HOULSBY, PARALLEL, PFEIFFER
 from peftmux.trainer.methods.diffpruning import DIFFPRUNING
 from peftmux.trainer.methods.dora import DORA
+from peftmux.trainer.methods.fusion import FUSION
 from peftmux.trainer.methods.head import HEAD
 from peftmux.trainer.methods.ia3 import IA3
 from peftmux.trainer.methods.ladder import LADDER
@@ -30,6 +32,7 @@ _ALL = (
     *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
     *(PREFIX, PROMPT, P_TUNING),
     *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER, HEAD),
+    *(HOULSBY, PFEIFFER, PARALLEL, FUSION),
 )
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}

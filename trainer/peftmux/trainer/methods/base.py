@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.trainer.data import Example
 from peftmux.trainer.host import Change, Host
 from peftmux.trainer.inputs import PrefixSource, VirtualTokens
+
+if TYPE_CHECKING:
+    from peftmux.trainer.heads import TaskHead
 
 _KEYS = itertools.count()
 
@@ -92,6 +95,10 @@ class AttachedAdapter:
             f"{PREFIX}{place}.{key}": t for place, c in self.changes.items() for key, t in c.file_tensors().items()
         }
         return {name: t.detach().float().cpu() if t.is_floating_point() else t.cpu() for name, t in named.items()}
+
+    def folder(self, base_model: str, head: TaskHead | None = None) -> dict[str, bytes] | None:
+        """All files of the adapter by name, where they are not PEFT's two. `head` goes with it."""
+        return None
 
     def sites(self) -> Mapping[str, int]:
         """Trainable parameters by the place of the base model they act on, or by the module that holds them."""
