@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,8 @@ from peftmux.kernels.attention.cache import write_kv
 from peftmux.kernels.attention.native_path import NativeAttention
 from peftmux.kernels.attention.rows import AttentionRows
 from peftmux.kernels.attention.torch_path import paged_attention_torch
+
+_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Attend(Protocol):
@@ -48,4 +51,9 @@ def choose_attention(device: torch.device | str, dtype: torch.dtype) -> Attentio
     if native.Library.supports(device, dtype) and (library := native.load()):
         own = NativeAttention(library, dtype)
         return AttentionPath("native", own.attend, own.write_kv)
+    if torch.device(device).type == "cuda" and dtype in _TRITON and importlib.util.find_spec("triton"):
+        from peftmux.kernels.attention.triton_path import TritonAttention
+
+        triton = TritonAttention(device, dtype)
+        return AttentionPath("triton", triton.attend, triton.write_kv)
     return AttentionPath("torch", paged_attention_torch, write_kv)

@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from peftmux.kernels.attention.tiles import Tiles
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionRows:
@@ -26,12 +28,12 @@ class AttentionRows:
     """[R + 1], in tokens of the flat batch."""
     num_decode: int
     """The leading rows that have one query each."""
-    table: Tensor
-    """[R + 1, 2 + W] int32 on the device: query start, context, then the blocks, zero-padded; the last row only
-    holds the end of the batch."""
+    block_tables: tuple[Sequence[int], ...]
+    device: torch.device
     threads: int
     """How many threads torch gives the thread that built this."""
     _gathers: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _tiles: dict[tuple[int, int, tuple[int, int]], Tiles] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -56,10 +58,15 @@ class AttentionRows:
                 raise ValueError(f"row {row}: expected 1 <= query_len <= context_len, got {q} and {n}")
         starts = (0, *accumulate(query_lens))
         decode = next((r for r, q in enumerate(query_lens) if q != 1), len(query_lens))
-        table = _pack(starts, context_lens, block_tables)
-        if torch.device(device).type != "cpu":
-            table = table.pin_memory().to(device, non_blocking=True)
-        return cls(tuple(query_lens), tuple(context_lens), starts, decode, table, torch.get_num_threads())
+        return cls(
+            tuple(query_lens),
+            tuple(context_lens),
+            starts,
+            decode,
+            tuple(block_tables),
+            torch.device(device),
+            torch.get_num_threads(),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -71,8 +78,22 @@ class AttentionRows:
         return max(self.query_lens, default=0)
 
     @cached_property
+    def table(self) -> Tensor:
+        """[R + 1, 2 + W] int32 on the device: query start, context, then the blocks, zero-padded; the last row only
+        holds the end of the batch."""
+        table = _pack(self.query_starts, self.context_lens, self.block_tables)
+        return table if self.device.type == "cpu" else table.pin_memory().to(self.device, non_blocking=True)
+
+    @cached_property
     def table_address(self) -> int:
         return self.table.data_ptr()
+
+    def tiles(self, tokens: int, block_size: int, queries: tuple[int, int]) -> Tiles:
+        """The same rows as Triton's launches read them; arguments of `Tiles.of`."""
+        key = (tokens, block_size, queries)
+        if key not in self._tiles:
+            self._tiles[key] = Tiles.of(self, *key)
+        return self._tiles[key]
 
     def gather(self, first: int, last: int, window: int, block_size: int) -> tuple[Tensor, Tensor]:
         """Where rows first .. last find the keys that their queries can see.

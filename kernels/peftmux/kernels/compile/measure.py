@@ -41,7 +41,11 @@ def measure(variant: Variant, arch: int) -> Measured:
     compiled = triton.compile(
         _source(variant),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            "maxnreg": variant.max_registers,
+        },
     )
     resources, code = _dump(compiled.asm["cubin"])
     registers, stack, local = (int(n) for n in resources)

@@ -33,6 +33,8 @@ class Variant:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+    """triton's `maxnreg`: without it ptxas may spill to fit more programs."""
     divisible: tuple[str, ...] = ()
     unaligned: tuple[str, ...] = ()
     narrow_loads: int = 0
