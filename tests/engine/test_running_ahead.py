@@ -13,7 +13,8 @@ from peftmux.runtime.engine import factory
 from peftmux.runtime.engine.api import EmbeddingRequest
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.errors import StepFailed
-from peftmux.runtime.model.graphs import DecodeGraphs, FreshTables, rerun
+from peftmux.runtime.model.graphs import DecodeGraphs, rerun
+from peftmux.runtime.model.tables import HostOperators
 from peftmux.runtime.params import FinishReason, SamplingParams
 from tests.engine.harness import StepGate, ask, ask_all, check_quiet, load, opened, request, running, until
 
@@ -39,7 +40,9 @@ async def ahead(request: pytest.FixtureRequest) -> AsyncIterator[LocalEngine]:
             patch.setattr(
                 factory,
                 "decode_graphs",
-                lambda model, rows, failed: DecodeGraphs(model.forward, model.device, rows, FreshTables, rerun, failed),
+                lambda model, rows, *_: DecodeGraphs(
+                    model.forward, model.device, rows, HostOperators(model.device), rerun, print
+                ),
             )
         memory = 40 * 4 * 3 * 2 * (8 + 8) * 4
         async with running(block_size=4, max_rows=6, kv_cache_memory=memory) as engine:

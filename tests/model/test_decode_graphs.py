@@ -18,8 +18,9 @@ from peftmux.runtime.engine import factory
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.model.first_pass import FirstPass
-from peftmux.runtime.model.graphs import DecodeGraphs, FreshTables, replayable, rerun
+from peftmux.runtime.model.graphs import DecodeGraphs, replayable, rerun
 from peftmux.runtime.model.loaded import LoadedModel
+from peftmux.runtime.model.tables import HostOperators
 from peftmux.runtime.params import ImagePatches, OutputOptions, Readout, SamplingParams
 from peftmux.runtime.scheduler.plan import ImageSpan, RowPlan
 from tests.engine.harness import Answer, ask, ask_all, check_quiet, load, request, running, until
@@ -80,14 +81,14 @@ class TestWhichStepsAreTaken:
         assert not replayable([decoding()] * 3, 2, ())
 
 
-class Moving(FreshTables):
-    """Tables whose addresses change, and that serve only what they are told to."""
+class Moving(HostOperators):
+    """Operators whose addresses change, and that serve only what they are told to."""
 
     place = 0
     refused: frozenset[int] = frozenset()
 
     def serves(self, site):
-        return id(site) not in self.refused
+        return super().serves(site) and id(site) not in self.refused
 
     def generation(self):
         return self.place
@@ -113,9 +114,11 @@ class Cache:
 def made():
     """Graphs of at most 5 rows over a recorded forward, and a count of failures."""
 
-    def build(capture=rerun, tables=Moving, max_rows=5):
+    def build(capture=rerun, max_rows=5):
         forward, failures = Recorder(), []
-        graphs = DecodeGraphs(forward, torch.device("cpu"), max_rows, tables, capture, lambda: failures.append(1))
+        graphs = DecodeGraphs(
+            forward, torch.device("cpu"), max_rows, Moving(torch.device("cpu")), capture, lambda: failures.append(1)
+        )
         return graphs, forward, failures
 
     yield build
@@ -226,8 +229,8 @@ def test_warm_up_captures_every_bucket(made):
 async def replaying(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIterator[LocalEngine]:
     """An engine on the CPU that runs its decode steps out of buckets, as a GPU's would."""
 
-    def graphs(model: LoadedModel, max_rows: int, failed: Callable[[], None]) -> DecodeGraphs:
-        return DecodeGraphs(model.forward, model.device, max_rows, FreshTables, rerun, failed)
+    def graphs(model: LoadedModel, max_rows: int, *_: Any) -> DecodeGraphs:
+        return DecodeGraphs(model.forward, model.device, max_rows, HostOperators(model.device), rerun, print)
 
     monkeypatch.setattr(factory, "decode_graphs", graphs)
     async with running(**settings) as engine:
@@ -344,13 +347,15 @@ async def test_an_engine_whose_capture_fails_serves_and_says_so(monkeypatch):
     def failing(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         raise RuntimeError("not permitted")
 
-    def graphs(model: LoadedModel, max_rows: int, failed: Callable[[], None]) -> DecodeGraphs:
-        return DecodeGraphs(model.forward, model.device, max_rows, FreshTables, failing, failed)
+    def graphs(model: LoadedModel, max_rows: int, *_: Any) -> DecodeGraphs:
+        return DecodeGraphs(
+            model.forward, model.device, max_rows, HostOperators(model.device), failing, observer.graphs_failed
+        )
 
     async with running() as plain:
         expected = await ask(plain, request(PROMPT))
-    monkeypatch.setattr(factory, "decode_graphs", graphs)
     observer = Observer()
+    monkeypatch.setattr(factory, "decode_graphs", graphs)
     async with running(observer=observer) as engine:
         await until(lambda: observer.failures == 1)
         answer = await ask(engine, request(PROMPT))

@@ -110,7 +110,7 @@ def build_engine(
     num_blocks = _num_blocks(model, config)
     budget = config.max_batch_tokens or (512 if model.device.type == "cpu" else 2048)
     scheduler = Scheduler(num_blocks, config.block_size, budget, config.max_rows, config.prefix_caching)
-    graphs = decode_graphs(model, config.max_rows, observer.graphs_failed)
+    graphs = decode_graphs(model, config.max_rows, budget, config.block_size, observer.graphs_failed)
     runner = Runner(model, num_blocks, config.block_size, graphs)
 
     def release(active: ActiveRequest) -> None:

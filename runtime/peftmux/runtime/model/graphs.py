@@ -5,9 +5,9 @@ together, with the addresses that it was captured with: so a bucket of rows has 
 step with fewer rows fills it up with tokens that nobody reads (they are written to the null block, under no adapter).
 
 What an operator decides on the host it decides when it is captured. So a graph may be replayed only for steps whose
-adapters live in sites that read everything from device tables (`Tables.serves`); steps with other adapters, and those
-that prefill, read states or report prompts, run as they come. Sites that held nothing when a graph was captured are not
-in it; adapters at sites that are in it come and go, at any rank, without a new capture.
+adapters live in sites that read everything from device tables (`Operators.serves`). Steps with other adapters, and
+those that prefill, read states or report prompts, run as they come. Sites that held nothing when a graph was captured
+are not in it; adapters at sites that are in it come and go, at any rank, without a new capture.
 """
 
 from __future__ import annotations
@@ -18,74 +18,25 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from peftmux.kernels.attention import AttentionRows
+from peftmux.kernels.attention import choose_attention
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.model.cache import PagedCache
-from peftmux.runtime.model.first_pass import FirstPass
-from peftmux.runtime.model.ladders import Ladders
 from peftmux.runtime.model.launched import Launched
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.sites import Site
 from peftmux.runtime.model.staging import packed, pieces, room
 from peftmux.runtime.model.step import StepInputs
+from peftmux.runtime.model.tables import DeviceOperators, Operators, Tables
 from peftmux.runtime.scheduler.plan import RowPlan
 
 logger = logging.getLogger(__name__)
 
 _STEPS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Rows of a bucket. Decode reads the weights: filling up costs little."""
-
-_FED = (FirstPass, Ladders)
-"""Sites that read what a step brings beside its tokens (`StepInputs.shares`, `StepInputs.ladders`)."""
-
-
-class Tables(Protocol):
-    """Where the operators of one bucket read which rows and adapters a step has."""
-
-    def serves(self, site: Site) -> bool:
-        """Whether adapters at this site may be in a step that is replayed."""
-        ...
-
-    def generation(self) -> int:
-        """Changes whenever something has moved that a captured graph knows by its address."""
-        ...
-
-    def fill(self, contexts: list[int], blocks: list[tuple[int, ...]], slots: list[int]) -> None:
-        """Take the rows of the step that is replayed next: of each its context with the new token, its blocks, and
-        its adapter's slot."""
-        ...
-
-    @property
-    def rows(self) -> AttentionRows: ...
-
-    @property
-    def segments(self) -> Segments: ...
-
-
-class FreshTables:
-    """For operators that read a step's tables on the host: made anew for each step, so they can be run again but not
-    captured. Everything that graphs do but capture, on any device."""
-
-    def __init__(self, tokens: int, device: torch.device) -> None:
-        self._device = device
-        self.fill([1], [(0,)], [0])
-
-    def serves(self, site: Site) -> bool:
-        return True
-
-    def generation(self) -> int:
-        return 0
-
-    def fill(self, contexts: list[int], blocks: list[tuple[int, ...]], slots: list[int]) -> None:
-        ones = [1] * len(contexts)
-        self.rows = AttentionRows.build(ones, contexts, blocks, self._device)
-        self.segments = Segments.build(slots, ones, self._device)
-
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Of a forward that reads fixed inputs: what runs it again, and gives its logits in memory that the next run reuses."""
@@ -164,7 +115,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """`sites` held adapters when this was captured; `generation` is the tables' of then."""
+    """`sites` held adapters when this was captured; `generation` is the operators' of then."""
 
     replay: Callable[[], Tensor]
     sites: frozenset[int]
@@ -205,19 +156,18 @@ class DecodeGraphs:
         forward: Callable[[StepInputs], Tensor],
         device: torch.device,
         max_rows: int,
-        make_tables: Callable[[int, torch.device], Tables],
+        operators: Operators,
         capture: Capture,
         failed: Callable[[], None],
     ) -> None:
         self._forward = forward
         self._device = device
-        self._make_tables = make_tables
+        self._operators = operators
         self._capture = capture
         self._failed = failed
         self._sizes = [n for n in _STEPS if n < max_rows] + [n for n in _STEPS if n >= max_rows][:1]
         self._buckets: dict[int, Bucket] = {}
         self._captured: dict[tuple[int, bool], _Captured] = {}
-        self._serves = make_tables(1, device).serves
         self._held: Counter[int] = Counter()
         """Adapters at each site, by the site's identity."""
         self._sites: frozenset[int] = frozenset()
@@ -227,7 +177,7 @@ class DecodeGraphs:
         self.captures = 0
 
     def placed(self, slot: int, sites: Collection[Site]) -> None:
-        if any(isinstance(site, _FED) or not self._serves(site) for site in sites):
+        if not all(map(self._operators.serves, sites)):
             self._eager.add(slot)
         self._held.update(map(id, sites))
         self._sites = frozenset(self._held)
@@ -244,6 +194,7 @@ class DecodeGraphs:
     def warm_up(self) -> None:
         """Capture the base's steps, and those with adapters where there are any; larger ones first, so that they
         leave room for the smaller."""
+        self._operators.reserve()
         for tokens in reversed(self._sizes):
             for adapted in (False, True) if self._sites else (False,):
                 if not self._off:
@@ -257,22 +208,22 @@ class DecodeGraphs:
 
     def _bucket(self, tokens: int) -> Bucket:
         if tokens not in self._buckets:
-            self._buckets[tokens] = Bucket(tokens, self._make_tables(tokens, self._device), self._device)
+            self._buckets[tokens] = Bucket(tokens, self._operators.tables(tokens), self._device)
         return self._buckets[tokens]
 
     def _replay(self, bucket: Bucket, adapted: bool) -> Tensor:
         """Run the step that `bucket` holds, captured anew where what is captured is not it any more."""
         key = (bucket.tokens, adapted)
         found = self._captured.get(key)
-        if found is None or not self._holds(found, bucket, adapted):
+        if found is None or not self._holds(found, adapted):
             found = self._take(bucket, adapted)
             if found is None:
                 return self._forward(bucket.inputs(adapted))
             self._captured[key] = found
         return found.replay()
 
-    def _holds(self, captured: _Captured, bucket: Bucket, adapted: bool) -> bool:
-        return captured.generation == bucket.tables.generation() and not (adapted and self._sites - captured.sites)
+    def _holds(self, captured: _Captured, adapted: bool) -> bool:
+        return captured.generation == self._operators.generation() and not (adapted and self._sites - captured.sites)
 
     def _take(self, bucket: Bucket, adapted: bool) -> _Captured | None:
         """None where it fails: then no graph is used from now on."""
@@ -288,9 +239,18 @@ class DecodeGraphs:
         self.captures += 1
         seconds = time.monotonic() - started
         logger.debug("captured a decode step of %d rows in %.2f s", bucket.tokens, seconds)
-        return _Captured(replay, self._sites, bucket.tables.generation())
+        return _Captured(replay, self._sites, self._operators.generation())
 
 
-def decode_graphs(model: LoadedModel, max_rows: int, failed: Callable[[], None]) -> DecodeGraphs | None:
-    """What replays this model's decode steps; None where its attention reads rows on the host, as on the CPU."""
-    return None
+def decode_graphs(
+    model: LoadedModel, max_rows: int, step_tokens: int, block_size: int, failed: Callable[[], None]
+) -> DecodeGraphs | None:
+    """What replays this model's decode steps, of which no step has more than `step_tokens`.
+
+    None where its attention reads rows on the host: on the CPU, where a launch costs nothing, and without Triton.
+    """
+    if model.device.type != "cuda" or choose_attention(model.device, model.dtype).name != "triton":
+        return None
+    row_blocks = -(-model.context_length // block_size)
+    operators = DeviceOperators(model.device, model.dtype, step_tokens, row_blocks, block_size)
+    return DecodeGraphs(model.forward, model.device, max_rows, operators, CudaCapture(), failed)
