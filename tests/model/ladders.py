@@ -105,7 +105,7 @@ class PaperLadder:
             side = g * side + (1 - g) * self.linear(f"rungs.{n}.down", stream[n + 1])
             side = self.block(f"rungs.{n}.block", side)
         u = self.linear("up", self.norm("norm", side))
-        merge = self.f.get("merge", "add")
+        merge = self.f.get("merge", "replace")
         if merge == "add":
             return final + u
         return u if merge == "replace" else self.gate("merge_gate") * u + (1 - self.gate("merge_gate")) * final

@@ -30,7 +30,7 @@ from tests.trainer.tiny_models import CONFIGS, build_model, random_ids, scramble
 OPTIONS: list[dict[str, Any]] = [
     {"layers": [1]},
     {"merge": "gate", "temperature": 0.5},
-    {"merge": "replace", "hidden_act": "gelu"},
+    {"merge": "add", "hidden_act": "gelu"},
     {"reduction_factor": 1},
 ]
 
@@ -68,6 +68,17 @@ def test_values_and_gradients_are_the_formulas(shape: str, tmp_path: Path):
 @pytest.mark.parametrize("config", OPTIONS, ids=str)
 def test_every_option_means_what_the_formula_says(config: dict[str, Any], tmp_path: Path):
     check("llama", config, tmp_path / "a")
+
+
+def test_adding_starts_from_the_base():
+    model, ids = build_model("llama"), random_ids()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        adapter = attach("ladder", model, {"merge": "add"})
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-6)
+        adapter.detach()
+        attach("ladder", model)
+        assert (model(input_ids=ids).logits - before).abs().max() > 0.1, "replacing cannot"
 
 
 def test_the_base_is_only_read():
@@ -142,7 +153,7 @@ def test_recomputing_changes_no_number(qwen2: Path, rows: Path, tmp_path: Path):
         ({"reduction_factor": 0}, "reduction-factor: expected 1 or more, got 0"),
         ({"layers": [2]}, r"layers: expected numbers below 2, got \[2\]"),
         ({"layers": []}, "layers: expected"),
-        ({"merge": "mean"}, "merge: expected add, replace or gate, got 'mean'"),
+        ({"merge": "mean"}, "merge: expected replace, add or gate, got 'mean'"),
         ({"hidden_act": "swoosh"}, "hidden-act: expected one of"),
         ({"temperature": 0.0}, "temperature: expected"),
     ],

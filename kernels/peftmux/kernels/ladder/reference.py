@@ -5,7 +5,7 @@ With h[0] what the base's first layer reads, h[l + 1] what its layer l gives, an
     s      = first(h[0])
     s      = block_l(g s + (1 - g) down_l(h[l + 1])),   g = sigmoid(p_l / T)         for each layer l with a rung
     u      = up(norm(s))
-    f'     = f + u,   u,   or m u + (1 - m) f with m = sigmoid(q / T)                as `merge` says
+    f'     = u,   f + u,   or m u + (1 - m) f with m = sigmoid(q / T)                as `merge` says
 
 A block is a pre-norm decoder layer of the side's own width: s + o(attention(norm s)), then s + feed-forward(norm s),
 with rotary positions, grouped keys and a gated feed-forward, as in Llama, whatever the base is.
@@ -86,7 +86,7 @@ class Ladder:
     temperature: float
     rope_theta: float
     eps: float
-    merge: Literal["add", "replace", "gate"] = "add"
+    merge: Literal["add", "replace", "gate"] = "replace"
     merge_gate: Tensor | None = None
 
     @property

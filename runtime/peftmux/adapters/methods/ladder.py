@@ -14,8 +14,8 @@ width D (final hidden states of width F), the tensors
 
 Every `.weight` of a linear layer may have a `.bias` beside it. Fields: `num_attention_heads` H, `num_key_value_heads` K
 (H if absent), `layers` (all of the base's if absent), `hidden_act`, `rms_norm_eps`, `rope_theta`, `temperature` of the
-gates, and `merge`: what the head reads is the final state and the ladder's ("add"), the ladder's ("replace"), or a
-gated mean of both ("gate"). Tokens of the side network have the base's position ids.
+gates, and `merge`: what the head reads is the ladder's state ("replace", as in the paper), the final state and the
+ladder's ("add"), or a gated mean of both ("gate"). Tokens of the side network have the base's position ids.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FIELDS: FieldTable = {
     "rms_norm_eps": _number(1e-5, 1e-12),
     "rope_theta": _number(10_000.0, 1.0),
     "temperature": _number(0.1, 1e-4),
-    "merge": Honoured("add", lambda v: v in ("add", "replace", "gate"), "add, replace or gate"),
+    "merge": Honoured("replace", lambda v: v in ("add", "replace", "gate"), "add, replace or gate"),
     "reduction_factor": NoEffect("the sizes are in the tensors"),
     "dropout": NoEffect("training only"),
 }

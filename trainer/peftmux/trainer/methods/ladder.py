@@ -26,7 +26,8 @@ from peftmux.trainer.methods.linear import uniform
 
 _HEAD_DIM = 64
 """At most."""
-_NARROWEST = 16
+_NARROWEST = 64
+"""Where the base is at least as wide: a side network of fewer learns little."""
 _CLOSED = -0.5
 """Where a merging gate starts: almost all of what the head reads is the base's."""
 
@@ -35,15 +36,15 @@ _CLOSED = -0.5
 class LadderConfig:
     """Ladder side-tuning's options."""
 
-    reduction_factor: int = field(default=8, metadata={"help": "the base's width over the side network's (16 or more)"})
+    reduction_factor: int = field(default=8, metadata={"help": "the base's width over the side network's (64 or more)"})
     layers: list[int] | None = field(
         default=None, metadata={"help": "numbers of the base's layers with a side block; default: all"}
     )
     hidden_act: str = field(default="silu", metadata={"help": f"one of {', '.join(ACTIVATIONS)}"})
     temperature: float = field(default=0.1, metadata={"help": "of the gates: sigmoid(p / temperature)"})
     merge: str = field(
-        default="add",
-        metadata={"help": "what the head reads: base + ladder (add), the ladder (replace), a gated mean (gate)"},
+        default="replace",
+        metadata={"help": "what the head reads: the ladder (replace), base + ladder (add), a gated mean (gate)"},
     )
 
     def __post_init__(self) -> None:
@@ -53,8 +54,8 @@ class LadderConfig:
             raise OptionError("hidden-act", f"expected one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}")
         if not 1e-4 <= self.temperature < 1e30:
             raise OptionError("temperature", f"expected a number from 0.0001 on, got {self.temperature}")
-        if self.merge not in ("add", "replace", "gate"):
-            raise OptionError("merge", f"expected add, replace or gate, got {self.merge!r}")
+        if self.merge not in ("replace", "add", "gate"):
+            raise OptionError("merge", f"expected replace, add or gate, got {self.merge!r}")
 
 
 class SideNetwork(nn.Module):
@@ -248,8 +249,11 @@ def _attach(model: Any, config: LadderConfig, context: AttachContext) -> Attache
 def _initial(
     stream: int, final: int, width: int, fields: Mapping[str, Any], seed: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Uniform with the variance 1 / (3 in), as torch's linear layers; the way up from zero, so that a run starts from
-    the base (with merge "replace" it cannot)."""
+    """Uniform with the variance 1 / (3 in), as torch's linear layers.
+
+    With merge "add" and "gate" the way up is zero, so that a run starts from the base, or nearly. What the head reads
+    of the base must then be unlearned: "replace", the paper's form, learns new tasks several times faster.
+    """
     generator = torch.Generator().manual_seed(seed)
     queries = 2 * -(-width // (2 * fields["num_attention_heads"])) * fields["num_attention_heads"]
     inner = -(-8 * width // 3)
@@ -283,5 +287,5 @@ LADDER = Method(
     summary="a narrow transformer beside the base, trained without backward through it",
     config_class=LadderConfig,
     attach=_attach,
-    learning_rate=lambda hidden_size: 3e-3,
+    learning_rate=lambda hidden_size: 1e-2 * (max(hidden_size / 8, _NARROWEST) / _NARROWEST) ** -0.5,
 )
