@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftmux.kernels.bottleneck import Bottleneck, apply_bottleneck, branch_site
 from peftmux.kernels.elementwise import choose_elementwise
 from peftmux.kernels.embedding import EmbeddingPart, embedding_site
 from peftmux.kernels.inputs import InputScale, input_scale_site
@@ -15,6 +16,9 @@ from peftmux.kernels.lowrank import Segments
 from peftmux.kernels.lowrank.tiles import TileBuffer
 from peftmux.kernels.lowrank.workspace import workspace
 from peftmux.kernels.norms import NormPart, norm_site
+from peftmux.kernels.rows import ReplacedRows, apply_replaced_rows, rows_site
+from peftmux.kernels.sparse import SparsePart, apply_sparse_part, sparse_site
+from peftmux.kernels.tree import mapped
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -112,3 +116,82 @@ def test_a_captured_graph_serves_adapters_that_come_and_go() -> None:
 
 def norm(seed: int) -> NormPart:
     return NormPart(normal(256, seed=seed), normal(256, seed=seed + 5))
+
+
+def tiled_parts(seed: int) -> list[Any]:
+    """A sparse change, replaced rows with a bias, and a bottleneck, of 256 inputs and outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = (torch.rand(256, 256, generator=generator) < 0.02).nonzero().t()
+    rows = torch.randn(9, 256, generator=generator)
+    down, up = torch.randn(24, 256, generator=generator) / 16, torch.randn(256, 24, generator=generator) / 4
+    return [
+        SparsePart(indices, torch.randn(indices.shape[1], generator=generator)),
+        ReplacedRows(rows, torch.randperm(256, generator=generator)[:9], rows[:, 0].contiguous()),
+        Bottleneck(down, torch.ones(24), up, torch.ones(256), torch.tensor([0.5]), "gelu", "sum"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lens", [[2, 1, 2], [30, 3, 20], [300, 5, 70]])
+def test_tiles(lens: list[int], dtype: torch.dtype) -> None:
+    """Tiles of 1, 16 and 64 tokens, against the definitions in float64 on the CPU; the base's rows stay."""
+    device = torch.device("cuda")
+    sites: list[Any] = [sparse_site(256, 256, device), rows_site(dtype, device)]
+    sites.append(branch_site(dtype, device, lambda held: None))
+    applied: list[Any] = [apply_sparse_part, apply_replaced_rows, apply_bottleneck]
+    parts = {slot: tiled_parts(slot) for slot in (1, 2)}
+    x, before = normal(sum(lens), 256, dtype=dtype), normal(sum(lens), 256, dtype=dtype, seed=1)
+    step = Segments.build([1, 0, 2], lens, device)
+    for kind, (site, apply) in enumerate(zip(sites, applied, strict=True)):
+        for slot in (1, 2):
+            site.put(slot, site.prepare(parts[slot][kind]))
+        y, again = before.clone(), before.clone()
+        site.apply(y, x, step)
+        site.apply(again, x, step)
+        assert torch.equal(y, again)
+        assert torch.equal(y[lens[0] : lens[0] + lens[1]], before[lens[0] : lens[0] + lens[1]])
+        for slot, start, end in step.runs:
+            wide = [t[start:end].double().cpu() for t in (before, x)]
+            part = mapped(parts[slot][kind], lambda t: t.to(dtype).double() if t.is_floating_point() else t)
+            if kind == 0:  # sparse values stay float32
+                part = mapped(parts[slot][kind], lambda t: t.double() if t.is_floating_point() else t)
+            expected = apply(*wide, part)
+            # Sums of 256 terms of size 1; the bottleneck's inner values are rounded on the way.
+            bound = {torch.float32: 4e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+            torch.testing.assert_close(y[start:end].double().cpu(), expected, rtol=bound, atol=bound * 4)
+
+
+def test_tiles_in_a_captured_graph() -> None:
+    """Captured with one adapter, replayed with another that came later."""
+    device = torch.device("cuda")
+    sites: list[Any] = [sparse_site(256, 256, device), rows_site(torch.bfloat16, device)]
+    sites.append(branch_site(torch.bfloat16, device, lambda held: None))
+    assert all(site.graphed for site in sites)
+    x, y = normal(16, 256, dtype=torch.bfloat16), torch.empty(16, 256, device="cuda", dtype=torch.bfloat16)
+
+    def run(step: Segments) -> Tensor:
+        y.copy_(x)
+        for site in sites:
+            site.apply(y, x, step)
+        return y
+
+    def put(slot: int) -> None:
+        for site, part in zip(sites, tiled_parts(slot), strict=True):
+            site.put(slot, site.prepare(part))
+
+    buffer = TileBuffer(16, 8, device, [(1, 0, 16)])
+    step = Segments.over(buffer, device)
+    put(1)
+    run(step)
+    generation = workspace(device).generation
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(step)
+    put(2)
+    for runs in ([(1, 0, 7), (2, 9, 12)], [(2, 3, 16)], []):
+        buffer.fill(runs)
+        graph.replay()
+        got = y.clone()
+        slots = [next((slot for slot, start, end in runs if start <= t < end), 0) for t in range(16)]
+        assert torch.equal(got, run(Segments.build(slots, [1] * 16, device)))
+    assert workspace(device).generation == generation

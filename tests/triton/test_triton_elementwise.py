@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftmux.kernels.elementwise import choose_elementwise, reference
+from peftmux.kernels.elementwise import choose_elementwise, reference, triton_path
 from peftmux.runtime.model.rotary import PairRotation, Rotation
-
-triton_path = pytest.importorskip("peftmux.kernels.elementwise.triton_path", exc_type=ImportError)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,23 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import IA3Config, LNTuningConfig, PeftConfig
+from safetensors.torch import load_file
 
-from tests.engine.harness import ask_all, check_quiet, load, request
+from tests.engine.harness import FIXTURES, ask_all, check_quiet, load, request, running
 from tests.model.families import build, greedy
 from tests.model.test_family_adapters import TASK, engine_for, lora, save_adapter
+from tests.parity.test_parity_served import TOLERANCE, VOCABULARY, table
 
-pytest.importorskip("triton")
-
-LAUNCHERS = ("elementwise", "embedding", "inputs", "norms")
-PROMPTS = [[5, 9, 17, 33, 3], [101, 44, 7]]
-NEW_TOKENS = 3
+PROMPTS = [[5, 9, 17, 33], [101, 44, 7]]
+NEW_TOKENS = 2
 
 KERNELS = {
     "elementwise": ("rms_norm_kernel", "rotate_pair_kernel", "swiglu_kernel"),
     "inputs": ("scale_rows_kernel",),
     "norms": ("slot_norm_kernel",),
     "embedding": ("embedding_kernel",),
+    "sparse": ("sparse_kernel",),
+    "rows": ("replaced_rows_kernel",),
+    "bottleneck": ("read_kernel", "down_kernel", "up_kernel"),
 }
 
 CASES: dict[str, tuple[str, dict[str, PeftConfig], set[str]]] = {
@@ -51,16 +54,26 @@ CASES: dict[str, tuple[str, dict[str, PeftConfig], set[str]]] = {
             "norms": LNTuningConfig(target_modules=["q_norm", "input_layernorm", "norm"], **TASK),
             "tokens": lora(target_modules=["q_proj"], trainable_token_indices=[5, 44, 9]),
         },
-        {"rotate_pair_kernel", "slot_norm_kernel", "embedding_kernel"},
+        {"rotate_pair_kernel", "slot_norm_kernel", "embedding_kernel", "replaced_rows_kernel"},
     ),
 }
+
+
+TOGETHER = {
+    "adapterhub": [
+        *("houlsby_double_seq_bn", "pfeiffer_seq_bn", "parallel_par_bn", "pfeiffer_leave_out_0"),
+        *("fusion", "ia3", "lora"),
+    ],
+    "peft": ["shira", "ln_tuning", "ia3", "lora_embed", "lora_trainable_tokens", "lora_modules_to_save"],
+}
+"""Folders of the fixtures' Llama."""
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Have every site take the form that it takes on a GPU; -> launches by kernel."""
     counts: Counter[str] = Counter()
-    for operator in LAUNCHERS:
+    for operator in KERNELS:
         launcher = importlib.import_module(f"peftmux.kernels.{operator}.launch")
         monkeypatch.setattr(launcher, "triton_here", lambda device: True)
         kernels = importlib.import_module(f"peftmux.kernels.{operator}.triton_kernels")
@@ -96,3 +109,24 @@ async def test_served_tokens_are_peft_s(case: str, tmp_path: Path, launched: Cou
             await engine.unload_adapter(name)
         await check_quiet(engine)
     assert set(launched) == kernels
+
+
+async def test_every_kind_in_one_batch(launched: Counter[str]) -> None:
+    """The numbers that PEFT and AdapterHub saved, of one prompt of each folder."""
+    async with running(adapters_root=str(FIXTURES), block_size=4) as engine:
+        jobs = []
+        for library, folders in TOGETHER.items():
+            for folder in folders:
+                name = f"{library}-{folder}"
+                await load(engine, f"{library}/llama/{folder}", name)
+                expected = load_file(FIXTURES / library / "llama" / folder / "expected.safetensors")
+                ids = expected["input_ids"][0].tolist()
+                jobs.append((name, ids, expected["logits"][0][-len(ids) :].float().log_softmax(-1)))
+        launched.clear()
+        wanted = [request(ids, name, 1, prompt_logprobs=VOCABULARY) for name, ids, _ in jobs]
+        for answer, (_, _, logprobs) in zip(await ask_all(engine, wanted), jobs, strict=True):
+            torch.testing.assert_close(table(answer), logprobs[:-1], rtol=0, atol=TOLERANCE)
+        for name, _, _ in jobs:
+            await engine.unload_adapter(name)
+        await check_quiet(engine)
+    assert set(launched) == {kernel for kernels in KERNELS.values() for kernel in kernels} - {"scale_rows_kernel"}

@@ -11,16 +11,15 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part
+from peftmux.kernels.embedding import triton_path as embedding
 from peftmux.kernels.inputs import InputScale
+from peftmux.kernels.inputs import triton_path as inputs
 from peftmux.kernels.lowrank.workspace import workspace
 from peftmux.kernels.norms import NormPart, NormSite
+from peftmux.kernels.norms import triton_path as norms
 from peftmux.kernels.norms.formula import formula_of
 from peftmux.kernels.slots import CAPACITY, SlotTable
 from tests.triton.mixes import HELD, MIXES, close, owners, poisoned, segments
-
-inputs = pytest.importorskip("peftmux.kernels.inputs.triton_path", exc_type=ImportError)
-norms = pytest.importorskip("peftmux.kernels.norms.triton_path", exc_type=ImportError)
-embedding = pytest.importorskip("peftmux.kernels.embedding.triton_path", exc_type=ImportError)
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,7 +109,9 @@ def test_norms(kind: str, width: int, dtype: torch.dtype) -> None:
 def test_norms_of_heads(token_dim: int) -> None:
     """Queries before and after heads and tokens change places, as a slice of a fused projection."""
     norm = norm_of("llama", 16, torch.float32)
-    site = norms.TritonNormSite(norm, token_dim, formula_of(norm))
+    formula = formula_of(norm)
+    assert formula is not None
+    site = norms.TritonNormSite(norm, token_dim, formula)
     part = NormPart(torch.randn(16))
     site.put(2, site.prepare(part))
     tokens = len(owners("zipf"))

@@ -1,5 +1,6 @@
 """Bottlenecks beside the residual stream, and attention over several of them."""
 
+from peftmux.kernels.bottleneck.launch import branch_site
 from peftmux.kernels.bottleneck.reference import (
     ACTIVATIONS,
     Bottleneck,
@@ -19,4 +20,5 @@ __all__ = [
     "PreparedBranch",
     "apply_bottleneck",
     "apply_fusion",
+    "branch_site",
 ]

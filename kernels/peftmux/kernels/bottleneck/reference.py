@@ -38,7 +38,7 @@ Reads = Literal["branch", "sum", "residual"]
 """What z is: the branch's output y, y + h, or the residual stream h."""
 
 
-_EPSILON = 1e-5
+EPSILON = 1e-5
 """Of torch's LayerNorm."""
 
 
@@ -113,4 +113,4 @@ def _update(z: Tensor, part: Bottleneck) -> Tensor:
 
 
 def _normed(x: Tensor, norm: LayerNorm | None) -> Tensor:
-    return x if norm is None else functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, _EPSILON)
+    return x if norm is None else functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, EPSILON)

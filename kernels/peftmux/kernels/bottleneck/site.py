@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,11 @@ class BranchSite:
         self._held: dict[int, Bottleneck | Fusion] = {}
 
     @property
+    def graphed(self) -> bool:
+        """Whether a captured CUDA graph serves what is here and whatever adapters come later."""
+        return False
+
+    @property
     def empty(self) -> bool:
         return not self._held
 
@@ -56,8 +61,12 @@ class BranchSite:
 
     def apply(self, y: Tensor, h: Tensor, segments: Segments) -> None:
         """Change, in place, what the branch gives tokens whose adapter has a part here. y, h: [T, D]."""
+        self.apply_runs(y, h, segments, self._held)
+
+    def apply_runs(self, y: Tensor, h: Tensor, segments: Segments, slots: Container[int]) -> None:
+        """`apply` of these slots, run by run by the definition."""
         for slot, start, end in segments.runs:
-            part = self._held.get(slot)
+            part = self._held.get(slot) if slot in slots else None
             if isinstance(part, Bottleneck):
                 y[start:end] = apply_bottleneck(y[start:end], h[start:end], part)
             elif part is not None:

@@ -29,7 +29,7 @@ def _matrix(field, like, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _products(
+def products(
     x,
     matrix,
     row,
@@ -184,13 +184,13 @@ def shrink(
         c = block * BLOCK_R + tl.arange(0, BLOCK_R)
         row, has_row = _rows(entry, c, SLICES)
         mask = has_token[:, None] & (c < columns)[None, :]
-        acc = _products(x, a, row, has_row, token, has_token, width, stride_x, part, PARTS, BLOCK_M, BLOCK_R, BLOCK_K)
+        acc = products(x, a, row, has_row, token, has_token, width, stride_x, part, PARTS, BLOCK_M, BLOCK_R, BLOCK_K)
         gate_row = _first_gate(entry, SLICES)
         for i in tl.static_range(SLICES):
             piece = entry + HEAD + i * FIELDS
             experts = tl.load(piece + 5).to(tl.int32)
             if _gates(piece, block, BLOCK_R):
-                logits = _products(
+                logits = products(
                     x,
                     a,
                     gate_row + e,

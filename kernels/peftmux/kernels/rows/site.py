@@ -22,6 +22,9 @@ class PreparedRows:
 class RowsSite:
     """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
 
+    graphed = False
+    """Whether a captured CUDA graph serves whatever adapters come here later."""
+
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
         self._device = device

@@ -40,6 +40,7 @@ class SlotTable:
         assert self._rows is not None, "an empty table has no rows"
         return self._rows
 
+    @torch.inference_mode()
     def put(self, slot: int, *values: Tensor | int) -> None:
         """A contiguous tensor stands for its address, which is a multiple of 16 bytes: copied where it is not."""
         assert slot > 0, "slot 0 is the base model's"
@@ -49,6 +50,7 @@ class SlotTable:
         self._held[slot] = placed
         self._write(slot, [v if isinstance(v, int) else v.data_ptr() for v in placed])
 
+    @torch.inference_mode()
     def drop(self, slot: int) -> None:
         held = self._held.pop(slot, None)
         if held is None:

@@ -23,6 +23,9 @@ class PreparedSparse:
 class SparseSite:
     """`prepare` may run in any thread; everything else belongs to the thread that runs the model."""
 
+    graphed = False
+    """Whether a captured CUDA graph serves whatever adapters come here later."""
+
     def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
         self._shape = (out_features, in_features)
         self._device = device

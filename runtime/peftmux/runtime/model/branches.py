@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftmux.kernels.bottleneck import BranchSite
+from peftmux.kernels.bottleneck import branch_site
 from peftmux.runtime.model.step import StepState
 
 
@@ -25,7 +25,7 @@ class BranchForward:
         self._norm = norm
         self._step = step
         self._stream: Tensor | None = None
-        self.site = BranchSite(weight.dtype, weight.device, self._watch)
+        self.site = branch_site(weight.dtype, weight.device, self._watch)
 
     def _watch(self, occupied: bool) -> None:
         """Called between steps."""

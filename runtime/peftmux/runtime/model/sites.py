@@ -19,8 +19,8 @@ from peftmux.kernels.inputs import GatheredScales, InputScale, SliceInputSite, i
 from peftmux.kernels.lowrank import LowRankSite, Segments
 from peftmux.kernels.norms import norm_site
 from peftmux.kernels.routed import RoutedSite
-from peftmux.kernels.rows import ReplacedRows, RowsSite
-from peftmux.kernels.sparse import SparsePart, SparseSite
+from peftmux.kernels.rows import ReplacedRows, rows_site
+from peftmux.kernels.sparse import SparsePart, sparse_site
 from peftmux.runtime.model.step import StepState
 
 
@@ -109,10 +109,10 @@ class SiteGroup:
         found: list[tuple[slice, dict[type, SliceChange]]] = []
         start = 0
         for index, site in enumerate(self.sites):
-            kinds: dict[type, SliceChange] = {ReplacedRows: RowsSite(dtype, device)}
+            kinds: dict[type, SliceChange] = {ReplacedRows: rows_site(dtype, device)}
             if len(self.sites) > 1:
                 kinds[InputScale] = SliceInputSite(device, partial(self._one, index))
-            kinds[SparsePart] = SparseSite(site.in_features, site.out_features, device)
+            kinds[SparsePart] = sparse_site(site.in_features, site.out_features, device)
             found.append((slice(start, start + site.out_features), kinds))
             start += site.out_features
         return found
