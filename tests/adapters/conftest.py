@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from peftmux.adapters.base import ResidualBranch
 from peftmux.adapters.branches import residual_branches
+from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.parts import (
     Bottleneck,
     EmbeddingPart,
@@ -25,6 +26,7 @@ from peftmux.adapters.parts import (
     Ladder,
     LinearPart,
     LoweredAdapter,
+    MixturePart,
     NormPart,
     ReplacedRows,
     RouterPart,
@@ -37,6 +39,7 @@ from peftmux.kernels.embedding import apply_embedding_part, scaled_part
 from peftmux.kernels.inputs import scale_input
 from peftmux.kernels.ladder import apply_ladder
 from peftmux.kernels.lowrank import apply_linear_part
+from peftmux.kernels.mixture import apply_mixture_part
 from peftmux.kernels.norms import apply_norm_part
 from peftmux.kernels.rows import apply_replaced_rows
 from peftmux.kernels.sparse import apply_sparse_part
@@ -133,6 +136,21 @@ def _hook_ladder(module: Any, ladder: Ladder) -> list[Any]:
     return [begin, *hooks, module.get_decoder().register_forward_hook(end)]
 
 
+def _hook_block(module: nn.Module, part: MixturePart, active: Tensor) -> Any:
+    block = feed_forward(module)
+    assert block is not None
+    layers = {name: copy.deepcopy(getattr(module, name)) for name in (*block.inner, block.outer)}  # without hooks
+
+    def changed(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        inner = {name: layers[name](x) for name in block.inner}
+        hidden, added = apply_mixture_part(x, inner, block.activate, block.outer, part)
+        new = layers[block.outer](hidden.to(x.dtype)) + added
+        return torch.where(active, new, output.reshape(new.shape)).view_as(output).to(output.dtype)
+
+    return module.register_forward_hook(changed)
+
+
 def _along(active: Tensor, output: Tensor) -> Tensor:
     """active: [rows * T, 1], shaped for an output [rows * T, D], [rows, T, ..., D] or [rows, heads, T, D]."""
     if output.dim() == 2:
@@ -187,6 +205,7 @@ def _parts(module: nn.Module, adapter: LoweredAdapter, ids: Tensor) -> Iterator[
     for s, p in parts:
         if isinstance(p, Bottleneck | Fusion):
             handles += _hook_branch(module, branches[s], p, active)
+    handles += [_hook_block(module.get_submodule(s), p, active) for s, p in parts if isinstance(p, MixturePart)]
     handles += [_hook_input(module.get_submodule(s), p, active) for s, p in parts if isinstance(p, InputScale)]
     try:
         yield

@@ -33,6 +33,8 @@ METHOD_FLAGS["diffpruning"] = {"--sparsity", "--structured", "--l0-weight", "--a
 METHOD_FLAGS["head"] = set()
 METHOD_FLAGS["houlsby"] = {"--reduction-factor", "--non-linearity", "--scaling", "--leave-out", "--adapterdrop"}
 METHOD_FLAGS["pfeiffer"] = METHOD_FLAGS["parallel"] = METHOD_FLAGS["houlsby"] | {"--drop-first", "--ln-before"}
+METHOD_FLAGS["loramoe"] = {"--r", "--num-experts", "--balance-weight", "--target-modules"}
+METHOD_FLAGS["mixlora"] = METHOD_FLAGS["loramoe"] | {"--top-k"}
 METHOD_FLAGS["fusion"] = {"--adapters", "--regularization"}
 METHOD_FLAGS["prompt"] = {"--num-virtual-tokens", "--prompt-init", "--prompt-init-text"}
 METHOD_FLAGS["p-tuning"] = METHOD_FLAGS["prompt"] | {"--encoder-reparameterization-type", "--encoder-hidden-size"}

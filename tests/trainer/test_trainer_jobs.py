@@ -38,6 +38,8 @@ SPECS: list[dict[str, Any]] = [
     {"name": "beside", "method": "ladder", "max_steps": 5},
     {"name": "after", "method": "houlsby", "max_steps": 5, "adapterdrop": 1},
     {"name": "parallel", "method": "parallel", "max_steps": 4},
+    {"name": "weighed", "method": "loramoe", "max_steps": 4},
+    {"name": "chosen", "method": "mixlora", "max_steps": 4, "learning_rate": 1e-3},
     {"name": "directions", "method": "pissa", "r": 2, "num_train_epochs": 2},
 ]
 

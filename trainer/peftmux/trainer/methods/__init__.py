@@ -19,6 +19,8 @@ from peftmux.trainer.methods.layers import LAYERS
 from peftmux.trainer.methods.ln import LN
 from peftmux.trainer.methods.lora import LORA
 from peftmux.trainer.methods.lora_plus import LORA_PLUS
+from peftmux.trainer.methods.loramoe import LORAMOE
+from peftmux.trainer.methods.mixlora import MIXLORA
 from peftmux.trainer.methods.p_tuning import P_TUNING
 from peftmux.trainer.methods.pissa import PISSA
 from peftmux.trainer.methods.prefix import PREFIX
@@ -32,6 +34,7 @@ _ALL = (
     *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
     *(PREFIX, PROMPT, P_TUNING),
     *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER, HEAD),
+    *(LORAMOE, MIXLORA),
     *(HOULSBY, PFEIFFER, PARALLEL, FUSION),
 )
 

@@ -1,0 +1,172 @@
+"""MixLoRA (Li et al., 2024, arXiv 2404.15159): several low-rank variants of each feed-forward block, of which a router
+chooses some for each token; plain LoRA at the attention's projections.
+
+    balance loss = weight * E * sum_e F_e P_e,   F_e the share of tokens whose first choice is e, P_e e's mean share
+
+Tokens are computed expert by expert: `peftmux.kernels.mixture`'s definition is met for each, without a copy of the
+experts' factors for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftmux.adapters.feed_forward import FeedForward, feed_forward
+from peftmux.adapters.methods.lora import lora_scaling
+from peftmux.adapters.torch_base import TorchBase
+from peftmux.kernels.lowrank import LinearPart, apply_linear_part
+from peftmux.kernels.mixture import route
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host import Change
+from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from peftmux.trainer.methods.experts import Experts, ExpertsConfig, RoutedAdapter
+from peftmux.trainer.methods.lora import LoraLinear, default_learning_rate
+from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixLoraConfig(ExpertsConfig):
+    """MixLoRA's options."""
+
+    top_k: int = field(default=2, metadata={"help": "experts that a token goes through"})
+    target_modules: str | list[str] = field(
+        default=ALL_LINEAR,
+        metadata={"help": "names of linear layers, or one regular expression; feed-forward blocks' get experts"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.top_k <= self.num_experts:
+            raise OptionError("top-k", f"expected 1 to {self.num_experts}, the experts; got {self.top_k}")
+
+
+class MixtureBlock(Change):
+    """In the place of a feed-forward block. router: [E, D] from N(0, 0.02^2); experts by projection."""
+
+    balance: Tensor | None = None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        block: FeedForward,
+        projections: list[str],
+        config: MixLoraConfig,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self._block = block
+        self._layers = {name: getattr(module, name) for name in (*block.inner, block.outer)}  # the base's
+        self.experts = nn.ModuleDict({n: Experts(self._layers[n], config, generator) for n in projections})
+        first = next(iter(self.experts.values()))
+        assert isinstance(first, Experts)
+        width = width_in(self._layers[block.inner[0]])
+        drawn = torch.randn(config.num_experts, width, generator=generator) * 0.02
+        self.router = nn.Parameter(drawn.to(first.A.device))
+        self.top_k = config.top_k
+        self.scale = lora_scaling(config.lora_alpha, config.r, False)
+        self.adapter: tuple[RoutedAdapter, ...] = ()  # in a tuple: it is no submodule
+
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.training:
+            counted = self.adapter[0].counted(x.shape[0], x.shape[1])
+            self.balance = None if counted is None else balance(x[counted], self.router)
+        return self.mixed(x.flatten(0, -2)).view_as(y).to(y.dtype)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        """x: [N, D] -> [N, D]."""
+        block, outer = self._block, self._block.outer
+        shares, chosen = route(x, self.router, self.top_k)
+        inner = [self._layers[name](x) for name in block.inner]
+        hidden = torch.zeros(len(x), width_in(self._layers[outer]), dtype=shares.dtype, device=x.device)
+        added = torch.zeros(x.shape, dtype=shares.dtype, device=x.device)
+        for expert in range(len(self.router)):
+            tokens, choice = (chosen == expert).nonzero(as_tuple=True)
+            share = shares[tokens, choice].unsqueeze(1)
+            own = [
+                self._changed(y[tokens], x[tokens], name, expert) for name, y in zip(block.inner, inner, strict=True)
+            ]
+            h = block.activate(own)
+            hidden = hidden.index_add(0, tokens, share * h)
+            if outer in self.experts:
+                nothing = torch.zeros(len(tokens), x.shape[1], dtype=shares.dtype, device=x.device)
+                added = added.index_add(0, tokens, share * self._changed(nothing, h, outer, expert))
+        out: Tensor = self._layers[outer](hidden.to(x.dtype)) + added
+        return out
+
+    def _changed(self, y: Tensor, x: Tensor, name: str, expert: int) -> Tensor:
+        if name not in self.experts:
+            return y
+        experts: Any = self.experts[name]
+        return apply_linear_part(y, x, LinearPart(experts.A[expert], experts.B[expert], self.scale))
+
+    def file_tensors(self) -> Mapping[str, Tensor]:
+        named: dict[str, Tensor] = {"moe_gate.weight": self.router}
+        for name, experts in self.experts.items():
+            assert isinstance(experts, Experts)
+            named |= {f"{name}.{key}": tensor for key, tensor in experts.file_tensors().items()}
+        return named
+
+
+def balance(x: Tensor, router: Tensor) -> Tensor:
+    """x: [N, D], router: [E, D] -> E * sum_e F_e P_e, 1 where all experts have the same share."""
+    count = len(router)
+    first = route(x, router, 1)[1].flatten()
+    chosen = torch.bincount(first, minlength=count) / len(x)
+    shares, order = route(x, router, count)  # all of them: these sum to one as the softmax does
+    mean = torch.zeros_like(shares).scatter(1, order, shares).mean(0)
+    return count * (chosen * mean).sum()
+
+
+def width_in(layer: nn.Module) -> int:
+    """What a linear layer reads."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+
+
+def _attach(model: Any, config: MixLoraConfig, context: AttachContext) -> AttachedAdapter:
+    fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    sites = select_sites(model, {**fields, "target_modules": config.target_modules})
+    generator = torch.Generator().manual_seed(context.seed)
+    changes: dict[str, Change] = {}
+    blocks = []
+    for path, site in TorchBase(model).feed_forwards.items():
+        projections = [name for name in (*site.inner, site.outer) if f"{path}.{name}" in sites]
+        module = model.get_submodule(path)
+        found = feed_forward(module) if projections else None
+        if found is not None:
+            changes[path] = block = MixtureBlock(module, found, projections, config, generator)
+            blocks.append(block)
+    if not blocks:
+        raise OptionError(
+            "target-modules", f"expected projections of a feed-forward block of {type(model).__name__}, got none"
+        )
+    scale = lora_scaling(config.lora_alpha, config.r, False)
+    for name, layer in sites.items():
+        if name.rpartition(".")[0] not in changes:
+            changes[name] = LoraLinear(layer, config.r, scale, 0.0, generator)
+    written = {
+        "peft_type": "MIXLORA",
+        "routing_strategy": "mixlora",
+        **{name: getattr(config, name) for name in ("r", "lora_alpha", "num_experts", "top_k")},
+        "target_modules": spelled_out(model, list(sites)),
+        "router_aux_loss_coef": config.balance_weight,
+    }
+    adapter = RoutedAdapter("mixlora", model, changes, written)
+    adapter.balance_weight = config.balance_weight
+    for block in blocks:
+        block.adapter = (adapter,)
+    return adapter
+
+
+MIXLORA = Method(
+    name="mixlora",
+    summary="low-rank variants of feed-forward blocks, chosen for each token",
+    config_class=MixLoraConfig,
+    attach=_attach,
+    learning_rate=default_learning_rate,
+)
