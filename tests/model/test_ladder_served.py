@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peftmux.runtime.engine.factory import EngineConfig, build_engine
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.errors import AdapterMemoryExhausted
-from peftmux.runtime.model.ladders import Ladders
+from peftmux.runtime.model.ladders import Ladders, SideCache
 from peftmux.runtime.model.load import fit_model
 from tests.engine.harness import Answer, ask, ask_all, check_quiet, load, request, until
 from tests.model.families import VOCABULARY, build, greedy
@@ -168,8 +169,10 @@ async def test_a_head_reads_what_the_ladder_gives(tmp_path: Path) -> None:
 
 
 async def test_preempted_rows_climb_again(tmp_path: Path) -> None:
+    """Blocks go from ladder to ladder, to the base, and back."""
     module = build("llama")
     models = {name: make(module, tmp_path / name, seed) for name, seed in (("one", 3), ("two", 4))}
+    greedily = {name: model.greedy for name, model in models.items()} | {"": partial(greedy, module)}
     prompts = [[i + 1, *PROMPTS[0]] for i in range(3)]
     async with serving(build("llama"), tmp_path, kv_cache_memory=BLOCK_BYTES * 18) as engine:
         for name in models:
@@ -183,12 +186,13 @@ async def test_preempted_rows_climb_again(tmp_path: Path) -> None:
             preempt(row)
 
         scheduler._preempt = counted  # type: ignore[method-assign]
-        wanted = [(p, name) for p in prompts for name in models]
-        answers = await ask_all(engine, [request(p, name, 20) for p, name in wanted])
+        wanted = [(p, name) for p in prompts for name in greedily]
+        asked = [request(p, name, 20) for p, name in wanted]
+        rounds = [await ask_all(engine, asked), await ask_all(engine, asked[::-1])]
         await check_quiet(engine)
     assert preempted, "the cache was not small enough to prove anything"
-    for (prompt, name), answer in zip(wanted, answers, strict=True):
-        assert answer.ids == models[name].greedy(prompt, 20)
+    for (prompt, name), first, second in zip(wanted, rounds[0], rounds[1][::-1], strict=True):
+        assert first.ids == second.ids == greedily[name](prompt, 20)
 
 
 async def test_a_side_cache_lives_as_long_as_its_ladders(tmp_path: Path) -> None:
@@ -235,6 +239,11 @@ async def test_the_cache_must_fit_the_adapter_memory(tmp_path: Path) -> None:
         with pytest.raises(AdapterMemoryExhausted, match=str(needed)):
             await load(engine, "one")
         await until(lambda: gone(engine._core._runner.model.ladders))
+
+
+def test_a_cache_without_room_says_what_it_needs() -> None:
+    with pytest.raises(AdapterMemoryExhausted, match=f"{2 * 3 * (1 << 50) * 16 * 2 * 6 * 2} bytes .*--kv-cache-memory"):
+        SideCache((3, 1 << 50, 16, 2, 6), torch.bfloat16, torch.device("cpu"))
 
 
 def gone(ladders: Ladders) -> bool:

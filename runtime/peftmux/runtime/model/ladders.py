@@ -7,6 +7,7 @@ memory, and ends with the last of them. What the prefix cache knows to lie in it
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,11 @@ class SideCache:
         try:
             made = [torch.zeros(one, dtype=dtype, device=device) for _ in range(2 * rungs)]
         except RuntimeError as error:
-            raise AdapterMemoryExhausted("no room for a side network's cache of keys and values") from error
+            needed = 2 * rungs * math.prod(one) * dtype.itemsize
+            raise AdapterMemoryExhausted(
+                f"no room for the {needed} bytes of a side network's cache of keys and values, which has a block for "
+                f"each of the served cache's {one[0]}: a smaller --kv-cache-memory makes both smaller"
+            ) from error
         self.layers = list(zip(made[::2], made[1::2], strict=True))
         self.name = b"ladder" + next(_NAMES).to_bytes(8)
 
