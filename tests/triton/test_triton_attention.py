@@ -178,6 +178,7 @@ def test_static_rows_say_what_does_not_fit() -> None:
     static = StaticRows.decode(2, 4, 16, "cpu")
     with pytest.raises(ValueError, match="expected rows of one query"):
         static.fill(AttentionRows.build([2], [2], [[0]]))
+    static.fill(AttentionRows.build([1, 1], [1, 1], [[0], [0]]))
     with pytest.raises(ValueError, match="at most 2 rows"):
         static.fill(AttentionRows.build([1, 1, 1], [1, 1, 1], [[0], [1], [2]]))
     with pytest.raises(ValueError, match="numbers"):

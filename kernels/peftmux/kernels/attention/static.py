@@ -46,9 +46,9 @@ class StaticRows(AttentionRows):
 
         Raises ValueError where a row has several queries, and where they do not fit.
         """
-        table, launches = pack(rows, self.capacity, self.block_size, (1, 1))
+        table, launches = pack(rows, self.capacity, self.block_size, (1, 1), spans=False)
         if any(launch.items for launch in launches[1:]):
-            raise ValueError("expected rows of one query each, none of them an image's token")
+            raise ValueError(f"expected rows of one query, got one of {rows.longest}")
         fits = self.fixed.table.numel()
         if rows.num_tokens > self.capacity or len(table) > fits:
             raise ValueError(

@@ -71,10 +71,10 @@ def pinned(table: Ints, device: torch.device) -> Tensor:
 
 
 def pack(
-    rows: AttentionRows, tokens: int, block_size: int, queries: tuple[int, int]
+    rows: AttentionRows, tokens: int, block_size: int, queries: tuple[int, int], spans: bool = True
 ) -> tuple[Ints, tuple[Launch, ...]]:
-    """-> (the table, its launches)."""
-    first, merged = _spans(rows)
+    """-> (the table, its launches). Without spans every row of one query stays one."""
+    first, merged = _spans(rows) if spans else _each(rows)
     context = np.array(rows.context_lens, dtype=np.int32)[first]
     token = np.array(rows.query_starts[:-1], dtype=np.int32)[first]
     own = np.array(rows.query_lens, dtype=np.int32)[first]
@@ -115,6 +115,11 @@ def _spans(rows: AttentionRows) -> tuple[Ints, Ints]:
     ]
     first = np.array(starts, dtype=np.int32)
     return first, np.diff(first, append=np.int32(number)).astype(np.int32)
+
+
+def _each(rows: AttentionRows) -> tuple[Ints, Ints]:
+    number = len(rows.query_lens)
+    return np.arange(number, dtype=np.int32), np.ones(number, dtype=np.int32)
 
 
 def _blocks(rows: AttentionRows, first: Ints, context: Ints, block_size: int) -> tuple[Ints, Ints]:
