@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,9 +125,18 @@ def _each(rows: AttentionRows) -> tuple[Ints, Ints]:
 def _blocks(rows: AttentionRows, first: Ints, context: Ints, block_size: int) -> tuple[Ints, Ints]:
     """-> (the blocks that hold the rows' contexts, one row after the other; where each row's begin)."""
     needed = -(-context // block_size)
-    tables = (rows.block_tables[row][:count] for row, count in zip(first.tolist(), needed.tolist(), strict=True))
-    flat = np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=int(needed.sum()))
+    own = [
+        _array(tuple(rows.block_tables[row]))[:count]
+        for row, count in zip(first.tolist(), needed.tolist(), strict=True)
+    ]
+    flat = np.concatenate(own) if own else np.zeros(0, dtype=np.int32)
     return flat, (np.cumsum(needed) - needed).astype(np.int32)
+
+
+@lru_cache(maxsize=512)
+def _array(blocks: tuple[int, ...]) -> Ints:
+    """A row's table changes once in block_size steps."""
+    return np.array(blocks, dtype=np.int32)
 
 
 def _padding(start: int, stop: int) -> Ints:
@@ -151,6 +160,8 @@ def _items(rows: Ints, queries: int, most: int) -> tuple[Ints, int]:
 
     -> ([items, FIELDS], places for partial sums).
     """
+    if not len(rows):
+        return np.zeros((0, len(FIELDS)), dtype=np.int32), 0
     tiles = -(-rows[:, 1] // queries)
     row, index = _repeat(tiles)
     token, own, at, step, blocks = rows[row].T

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftmux.kernels.attention import triton_ops
 from peftmux.kernels.attention.rows import AttentionRows
-from peftmux.kernels.attention.tiles import KINDS, SHORT, WHOLE
-from peftmux.kernels.attention.triton_shapes import WIDEST, shape_of
+from peftmux.kernels.attention.tiles import SHORT, WHOLE
+from peftmux.kernels.attention.triton_ops import launch_attention, launch_store, paged_attention, write_kv
+from peftmux.kernels.attention.triton_shapes import WIDEST, shapes_of
 
 _WAVES = 32
 """Programs of a decode launch for each multiprocessor, at most."""
@@ -48,10 +48,11 @@ class TritonAttention:
             q = q.contiguous()
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
-        shapes = [shape_of(kind, q, k_cache, v_cache) for kind in KINDS]
+        shapes = shapes_of(q, k_cache, v_cache)
         tiles = rows.tiles(q.shape[0], k_cache.shape[1], (shapes[SHORT].queries, shapes[WHOLE].queries))
         places = max(shape.programs * launch.partials for shape, launch in zip(shapes, tiles.launches, strict=True))
-        out: Tensor = triton_ops.paged_attention(
+        attend = paged_attention if torch.compiler.is_compiling() else launch_attention
+        out: Tensor = attend(
             q,
             k_cache,
             v_cache,
@@ -78,7 +79,8 @@ class TritonAttention:
         if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
             raise ValueError("expected contiguous caches")
         k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (k, v))
-        triton_ops.write_kv(k, v, k_cache, v_cache, slots)
+        store = write_kv if torch.compiler.is_compiling() else launch_store
+        store(k, v, k_cache, v_cache, slots)
 
     def _check(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: AttentionRows) -> None:
         tokens, heads, key_dim = q.shape

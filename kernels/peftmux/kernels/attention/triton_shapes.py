@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-from peftmux.kernels.attention.tiles import DECODE, SPLIT_KEYS, WHOLE
+from peftmux.kernels.attention.tiles import DECODE, KINDS, SPLIT_KEYS, WHOLE
 
 WIDEST = 512
 """Elements of a key or value."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shape:
     """What a launch is compiled for, but for the options of a layer."""
 
@@ -26,12 +27,12 @@ class Shape:
     block_size: int
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def wide(self) -> int:
         """The wider of key and value, as the kernel pads it."""
         return max(padded(self.key_dim), padded(self.value_dim))
 
-    @property
+    @cached_property
     def block_m(self) -> int:
         """Queries a tile: 64 fill a Hopper matrix product; fewer where keys are the cost."""
         if self.kind == DECODE:
@@ -40,7 +41,7 @@ class Shape:
             return 16
         return 64 if self.kind == WHOLE and self.wide <= 256 else 32
 
-    @property
+    @cached_property
     def block_n(self) -> int:
         """Keys at a time: what fits in registers where nothing is pipelined, else two of keys and values in flight."""
         if self.dtype is torch.float32:
@@ -49,23 +50,23 @@ class Shape:
             return 8192 // self.wide
         return max(16, min(32, 4096 // self.wide))
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """Query heads a tile: those of a key/value head, or an equal part of them."""
         chunks = -(-self.group // self.block_m)
         return -(-self.group // chunks)
 
-    @property
+    @cached_property
     def programs(self) -> int:
         """Programs an item."""
         return self.kv_heads * -(-self.group // self.heads)
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """Tokens a tile."""
         return 1 if self.kind == DECODE else self.block_m // self.heads
 
-    @property
+    @cached_property
     def num_stages(self) -> int:
         """Where keys lie is read one stage before they are: five stages hold two blocks of keys and of values.
 
@@ -74,11 +75,11 @@ class Shape:
         """
         return 1 if self.block_m >= 64 else 5
 
-    @property
+    @cached_property
     def num_warps(self) -> int:
         return 8 if self.wide > 256 or (self.wide > 128 and self.kind == WHOLE) else 4
 
-    @property
+    @cached_property
     def max_registers(self) -> int:
         """A thread. Said explicitly, so that ptxas does not spill for the sake of occupancy."""
         return 168 if self.kind == DECODE and self.wide <= 128 and self.dtype is not torch.float32 else 255
@@ -87,6 +88,7 @@ class Shape:
         """The grid: it follows from how many items there can be, never from how many there are."""
         return self.programs, min(items, max(1, most // self.programs)) if self.kind == DECODE else items
 
+    @cached_property
     def constants(self) -> dict[str, int]:
         """The kernel's constants, but for the options of a layer."""
         return {
@@ -107,10 +109,17 @@ class Shape:
         }
 
 
-def shape_of(kind: int, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Shape:
-    """Of a layer's tensors."""
+def shapes_of(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> tuple[Shape, ...]:
+    """Of a layer's tensors, by kind."""
     _, block_size, kv_heads, value_dim = v_cache.shape
-    return Shape(kind, kv_heads, q.shape[1] // kv_heads, q.shape[2], value_dim, block_size, k_cache.dtype)
+    return _shapes(kv_heads, q.shape[1] // kv_heads, q.shape[2], value_dim, block_size, k_cache.dtype)
+
+
+@cache
+def _shapes(
+    kv_heads: int, group: int, key_dim: int, value_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[Shape, ...]:
+    return tuple(Shape(kind, kv_heads, group, key_dim, value_dim, block_size, dtype) for kind in KINDS)
 
 
 def padded(dim: int) -> int:

@@ -46,7 +46,7 @@ def variants() -> Iterator[Variant]:
                 f"{launch}-{name}",
                 attend_tiles,
                 _signature(dtype),
-                {**shape.constants(), **options},
+                {**shape.constants, **options},
                 num_warps=shape.num_warps,
                 num_stages=shape.num_stages,
                 max_registers=shape.max_registers,
