@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from benchmarks.engine_adapters import KINDS
+from benchmarks.engine_adapters import GRAPHED, KINDS
 from benchmarks.engine_model import LLAMA_8B, TINY, Floor, Shape, bandwidth, random_llama
 from benchmarks.engine_opponents import ContinuousBatching, room_for, with_peft
 from benchmarks.engine_session import Adapter, Session
@@ -69,6 +69,7 @@ def decode(session: Session, floor: Floor, base: dict[int, float], rows: int, ki
     held = adapter_bytes(adapters[:rows])
     seconds, least = measured.step_seconds, floor.decode_seconds(measured.contexts, held)
     result: Result = {
+        "replayed": measured.replayed,
         "ms_step": 1e3 * seconds,
         "tokens_s": rows / seconds,
         "floor_ms": 1e3 * least,
@@ -138,6 +139,7 @@ def scenarios(session: Session, floor: Floor, scale: Scale, dtype: torch.dtype, 
     for rows in others:
         yield decoded(rows, (), 0)
     yield decoded(first, ("dora",), most)
+    yield decoded(first, GRAPHED, most)
     yield decoded(first, tuple(KINDS), most)
     for n in (0, *(n for n in scale.adapters if n <= _PREFILLED)):
         name = f"prefill {scale.shape.prefill} tokens, {f'{n} x lora' if n else 'base'}"
@@ -172,6 +174,7 @@ def table(machine: Result, results: dict[str, Result]) -> str:
         "over_base": "over base",
         "added_ms": "added, ms",
         "added_floor_ms": "its floor, ms",
+        "replayed": "graph",
     }
     lines = [
         f"Engine: {machine['parameters'] / 1e9:.2f}B parameters in {machine['dtype']} on {machine['device']}, "
@@ -191,6 +194,8 @@ def table(machine: Result, results: dict[str, Result]) -> str:
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return ""
+    if key == "replayed":
+        return "yes" if value else "no"
     if key == "over_base":
         return f"{value:+.1%}"
     return f"{value:.0f}" if key == "tokens_s" else f"{value:.2f}"
@@ -226,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shape": asdict(scale.shape),
     }
     session = Session(model, scale.shape, max(scale.rows), scale.steps)
+    machine["seconds_to_load"] = time.monotonic() - started
+    session.warm_up()
+    machine["seconds_to_warm_up"] = time.monotonic() - started - machine["seconds_to_load"]
     results: dict[str, Result] = {}
     options.out.mkdir(parents=True, exist_ok=True)
     for scenario in scenarios(session, Floor.of(model, rate), scale, dtype, options.budget / 4):
@@ -235,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[scenario.name] = {"note": "cut by the budget"}
         print(f"{scenario.name}: {json.dumps(results[scenario.name])}", flush=True)
         # Written each time: whoever stops this keeps what there is.
-        written = {**machine, "results": results}
+        graphs = {"captures": session.graphs.captures, "in_use": session.graphs.in_use} if session.graphs else None
+        written = {**machine, "graphs": graphs, "results": results}
         (options.out / "engine.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         (options.out / "engine.md").write_text(table(machine, results), encoding="utf-8")
     return 1 if any("failed" in result for result in results.values()) else 0

@@ -15,6 +15,7 @@ from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.engine.placement import DevicePlacement, Placed, prepare
 from peftmux.runtime.engine.request import ActiveRequest, NoText, Outcome
 from peftmux.runtime.errors import RuntimeFailure, StepFailed
+from peftmux.runtime.model.graphs import decode_graphs
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.runner import Runner
 from peftmux.runtime.params import SamplingParams, StoppingParams
@@ -33,6 +34,8 @@ class Decoded:
     step_seconds: float
     contexts: int
     """Tokens in the cache that the rows of the middle step see, together."""
+    replayed: bool
+    """Out of a captured graph, all of them."""
 
 
 class Session:
@@ -42,14 +45,18 @@ class Session:
         self.model = model
         self._shape = shape
         self._steps = steps
-        row = shape.prompt + shape.prefix + steps + _WARM_STEPS + 2
+        row = shape.prompt + shape.prefix + self._new_tokens(max_rows)
         decoding = max_rows * (-(-row // _BLOCK) + 1)
         prefilling = -(-(shape.prefill + 1) // _BLOCK) + 1
         blocks = decoding + prefilling + 64 * (-(-shape.prefix // _BLOCK)) + 1
-        scheduler = Scheduler(blocks, _BLOCK, max(shape.prefill, max_rows), max_rows, prefix_caching=False)
-        self._runner = Runner(model, blocks, _BLOCK)
-        self._placement = DevicePlacement(scheduler, self._runner, None)
-        self._core = EngineCore(scheduler, self._runner, NullObserver(), lambda active: None, max_rows)
+        tokens = max(shape.prefill, max_rows)
+        scheduler = Scheduler(blocks, _BLOCK, tokens, max_rows, prefix_caching=False)
+        self.graphs = decode_graphs(model, max_rows, tokens, _BLOCK, lambda: None)
+        runner = Runner(model, blocks, _BLOCK, self.graphs)
+        self._placement = DevicePlacement(scheduler, runner, None)
+        self._core = EngineCore(
+            scheduler, runner, NullObserver(), lambda active: None, max_rows, ahead=model.device.type == "cuda"
+        )
         self._adapters: dict[tuple[str, int, int], Adapter] = {}
         self._random = random.Random(0)
         self._next = 0
@@ -70,27 +77,37 @@ class Session:
             )
         return self._adapters[key]
 
+    def warm_up(self) -> None:
+        """Compile and capture what can be before anything is timed."""
+        self._core.warm_up()
+
     def abandon(self) -> None:
-        """Free the rows that a failure has left behind."""
-        self._core.abort_all(StepFailed("the scenario failed"))
+        """End the rows that are left."""
+        self._core.abort_all(StepFailed("the scenario is over"))
         self._core.deliveries()
 
     def decode(self, adapters: Sequence[Adapter | None]) -> Decoded:
-        """One row for each entry; None is the base."""
-        wanted = _WARM_STEPS + self._steps + 1
-        rows = [self._add(adapter, self._shape.prompt, wanted) for adapter in adapters]
+        """One row for each entry; None is the base. What is left of the rows is given up."""
+        rows = [self._add(adapter, self._shape.prompt, self._new_tokens(len(adapters))) for adapter in adapters]
         while any(row.generated < 1 for row in rows):
             self._step()
         for _ in range(_WARM_STEPS):
             self._step()
+        prefixes = [a.placement.prefixes[0].length if a and a.placement.prefixes else 0 for a in adapters]
+        own = sum(self._shape.prompt + row.generated + self._steps // 2 for row in rows)
+        replays = self.graphs.replays if self.graphs else 0
         started = self._now()
         for _ in range(self._steps):
             self._step()
         seconds = (self._now() - started) / self._steps
-        prefixes = [a.placement.prefixes[0].length if a and a.placement.prefixes else 0 for a in adapters]
-        contexts = sum(self._shape.prompt + n + _WARM_STEPS + self._steps // 2 for n in prefixes)
-        self._finish()
-        return Decoded(seconds, contexts)
+        replayed = self.graphs is not None and self.graphs.replays - replays == self._steps
+        self.abandon()
+        return Decoded(seconds, own + sum(prefixes), replayed)
+
+    def _new_tokens(self, rows: int) -> int:
+        """That a row may generate: the first ones decode while the last ones' prompts are computed."""
+        prefills = -(-rows * self._shape.prompt // max(self._shape.prefill - rows, 1))
+        return prefills + 1 + _WARM_STEPS + self._steps + 2
 
     def prefill(self, adapters: Sequence[Adapter | None]) -> float:
         """Seconds of one step that computes the shape's prefill tokens, shared out over a row for each entry."""
@@ -135,10 +152,6 @@ class Session:
         self._core.step()
         for _, outcome in self._core.deliveries():
             _check(outcome)
-
-    def _finish(self) -> None:
-        while self._core.busy:
-            self._step()
 
     def _now(self) -> float:
         synchronize(self.model.device)

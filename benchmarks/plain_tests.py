@@ -3,13 +3,14 @@
     python -m benchmarks.plain_tests [--junitxml=FILE] FILES
 
 parametrize, skip and skipif marks, fixtures (of function and module scope, plain or generators), raises, approx, skip,
-importorskip, param and tmp_path. Anything else fails the file that uses it, by name.
+importorskip, param, monkeypatch and tmp_path. Anything else fails the file that uses it, by name.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -65,6 +66,33 @@ class _Approx:
     __hash__ = None  # type: ignore[assignment]
 
 
+class MonkeyPatch:
+    """`setattr` on objects and `setitem` on mappings, undone at the end of the test."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def setattr(self, target: Any, name: str, value: Any) -> None:
+        own = vars(target)
+        if name in own:
+            self._undo.append(functools.partial(setattr, target, name, own[name]))
+        else:
+            getattr(target, name)  # AttributeError for a name that is not there
+            self._undo.append(functools.partial(delattr, target, name))
+        setattr(target, name, value)
+
+    def setitem(self, mapping: Any, key: Any, value: Any) -> None:
+        if key in mapping:
+            self._undo.append(functools.partial(mapping.__setitem__, key, mapping[key]))
+        else:
+            self._undo.append(functools.partial(mapping.__delitem__, key))
+        mapping[key] = value
+
+    def undo(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
 @contextlib.contextmanager
 def _raises(kind: type[BaseException], match: str | None = None) -> Iterator[types.SimpleNamespace]:
     caught = types.SimpleNamespace(value=None)
@@ -114,7 +142,7 @@ def stand_in() -> types.ModuleType:
         skip=_skip,
         importorskip=_import_or_skip,
         param=_param,
-        FixtureRequest=object,
+        MonkeyPatch=MonkeyPatch,
     )
     return module
 
@@ -153,6 +181,10 @@ class File:
             return self._kept[name]
         if name == "tmp_path":
             return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if name == "monkeypatch":
+            patch = MonkeyPatch()
+            stack.callback(patch.undo)
+            return patch
         found = getattr(self._module, name, None)
         if not isinstance(found, _Fixture):
             raise LookupError(f"expected a fixture {name!r} in the test's own file, got none")

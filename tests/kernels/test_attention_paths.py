@@ -244,8 +244,7 @@ def test_written_keys_are_where_they_belong(path: str, dtype: torch.dtype) -> No
 def test_blocks_are_read_before_any_is_written() -> None:
     k_cache = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 2, 1, 3).clone()
     v_cache = k_cache[..., :2] + 10
-    copy_blocks(k_cache, v_cache.contiguous(), [])
-    copy_blocks(k_cache, v_cache, [(0, 1), (1, 2)])
+    copy_blocks(k_cache, v_cache, torch.tensor([(0, 1), (1, 2)]))
     assert k_cache[:, 0, 0, 0].tolist() == [0, 0, 1, 3]
     assert v_cache[:, 1, 0, 1].tolist() == [10, 10, 11, 13]
 

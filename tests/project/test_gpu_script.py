@@ -105,6 +105,19 @@ def test_close(a, b, c):
     with pytest.raises(ZeroDivisionError, match="zero"):
         a / c
 
+def test_patched(monkeypatch):
+    import json
+    before = json.dumps
+    monkeypatch.setattr(json, "dumps", None)
+    assert json.dumps is None
+    monkeypatch.undo()
+    assert json.dumps is before
+    monkeypatch.setattr(json, "loads", None)
+
+def test_undone():
+    import json
+    assert json.loads("1") == 1
+
 @pytest.mark.skipif(True, reason="never")
 def test_never():
     raise AssertionError
@@ -117,7 +130,7 @@ def test_without_pytest_the_tests_run_all_the_same(gpu, suite, monkeypatch):
     folder = suite(PLAIN)
     monkeypatch.setattr(gpu, "ROOTS", (str(SCRIPT.parents[1]),))
     outcome = gpu.run_tests(folder, False, 60)
-    assert (outcome.status, outcome.counts) == ("passed", {"tests": 5, "failures": 0, "errors": 0, "skipped": 1})
+    assert (outcome.status, outcome.counts) == ("passed", {"tests": 7, "failures": 0, "errors": 0, "skipped": 1})
 
 
 def test_without_pytest_a_failing_test_fails_the_run(gpu, suite, monkeypatch):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 
@@ -14,10 +11,11 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
 
 
-def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Sequence[tuple[int, int]]) -> None:
-    """Copy whole blocks (source, destination); every source is read before any destination is written."""
-    if not copies:
-        return
-    sources, destinations = torch.tensor(copies, device=k_cache.device).unbind(1)
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, copies: Tensor) -> None:
+    """Copy whole blocks; every source is read before any destination is written.
+
+    copies: [n, 2] int64 on the cache's device, (source, destination).
+    """
+    sources, destinations = copies.unbind(1)
     k_cache[destinations] = k_cache[sources]
     v_cache[destinations] = v_cache[sources]

@@ -12,7 +12,7 @@ from peftmux.adapters.parts import KVPrefix
 from peftmux.kernels.attention import choose_attention, copy_blocks
 from peftmux.runtime.model.attention import PagedLayer
 from peftmux.runtime.model.loaded import LoadedModel
-from peftmux.runtime.model.staging import to_device
+from peftmux.runtime.model.staging import on_device, to_device
 
 
 def block_bytes(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) -> int:
@@ -44,8 +44,9 @@ class PagedCache:
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer."""
         if copies:
+            pairs = on_device(copies, self._layers[0].k_cache.device)
             for layer in self._layers:
-                copy_blocks(layer.k_cache, layer.v_cache, copies)
+                copy_blocks(layer.k_cache, layer.v_cache, pairs)
 
     def write_prefix(self, blocks: Sequence[int], prefix: KVPrefix) -> None:
         """Fill an adapter's own blocks with its keys and values, positions 0 .. n - 1."""

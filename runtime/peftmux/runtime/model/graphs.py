@@ -175,6 +175,12 @@ class DecodeGraphs:
         """Slots of adapters that no graph serves."""
         self._off = False
         self.captures = 0
+        self.replays = 0
+
+    @property
+    def in_use(self) -> bool:
+        """False once a capture has failed."""
+        return not self._off
 
     def placed(self, slot: int, sites: Collection[Site]) -> None:
         if not all(map(self._operators.serves, sites)):
@@ -220,6 +226,7 @@ class DecodeGraphs:
             if found is None:
                 return self._forward(bucket.inputs(adapted))
             self._captured[key] = found
+        self.replays += 1
         return found.replay()
 
     def _holds(self, captured: _Captured, adapted: bool) -> bool:
