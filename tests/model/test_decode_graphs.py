@@ -179,11 +179,15 @@ def test_steps_of_the_base_alone_have_a_graph_without_adapters(made):
 
 def test_what_has_moved_is_captured_anew(made):
     graphs, _, _ = made()
-    graphs.run([decoding()], Cache(), None)
+    graphs.placed(1, [object()])
+    for row in (decoding(), decoding(slot=1)):
+        graphs.run([row], Cache(), None)
     Moving.place = 1
+    for _ in range(2):
+        graphs.run([decoding(slot=1)], Cache(), None)
+    assert graphs.captures == 3
     graphs.run([decoding()], Cache(), None)
-    graphs.run([decoding()], Cache(), None)
-    assert graphs.captures == 2
+    assert graphs.captures == 3, "the base alone reads no table"
 
 
 def test_adapters_outside_the_tables_run_as_they_come(made):

@@ -230,7 +230,10 @@ class DecodeGraphs:
         return found.replay()
 
     def _holds(self, captured: _Captured, adapted: bool) -> bool:
-        return captured.generation == self._operators.generation() and not (adapted and self._sites - captured.sites)
+        """The base's steps read no adapter's table: nothing that moves is in them."""
+        if not adapted:
+            return True
+        return captured.generation == self._operators.generation() and self._sites <= captured.sites
 
     def _take(self, bucket: Bucket, adapted: bool) -> _Captured | None:
         """None where it fails: then no graph is used from now on."""
