@@ -64,6 +64,7 @@ def _defaults(options: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": not torch.accelerator.is_available(),  # mixed precision on a CPU has to be asked for
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     if options.early_stopping_patience is not None:  # the best is kept as a checkpoint, so each evaluation saves one

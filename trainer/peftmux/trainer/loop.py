@@ -23,6 +23,7 @@ from peftmux.trainer.data import (
     read_rows,
 )
 from peftmux.trainer.errors import OptionError, TrainerError
+from peftmux.trainer.estimate import estimate_run
 from peftmux.trainer.export import export_adapter, publish
 from peftmux.trainer.heads import HeadedAdapter, TaskHead
 from peftmux.trainer.host import Host
@@ -40,7 +41,8 @@ PREFERENCE_RATE = 0.1
 class TrainResult:
     """What a run leaves. `model` is live, in evaluation mode, and computes with `adapter`; `digest` names the content.
 
-    metrics: the Trainer's own (train_loss, train_runtime in seconds, eval_loss, ...). After a dry run: steps 0.
+    metrics: the Trainer's own (train_loss, train_runtime in seconds, eval_loss, ...). After a dry run: steps 0, and the
+    estimate in bytes (peak_bytes, ...).
     """
 
     out: Path
@@ -66,7 +68,10 @@ def run_training(
     ready = prepare(method, options, config, training, lambda: load_base(options))
     print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
     if options.dry_run:
-        return TrainResult(Path(options.out), "", 0, {}, ready.model, ready.tokenizer, ready.adapter)
+        estimate = estimate_run(ready)
+        print(estimate.text(), file=sys.stderr)
+        metrics = estimate.metrics()
+        return TrainResult(Path(options.out), "", 0, metrics, ready.model, ready.tokenizer, ready.adapter)
     trainer = make_trainer(ready, callbacks)
     metrics = _train(trainer, options)
     digest = finish(ready, metrics)

@@ -50,31 +50,35 @@ class Prepared:
         return {**chosen, **({"task": options.task, **labels} if labels else {})}
 
 
-def make_trainer(ready: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> AdapterTrainer:
+def make_trainer(
+    ready: Prepared, callbacks: Sequence[TrainerCallback] = (), features: list[dict[str, Any]] | None = None
+) -> AdapterTrainer:
+    """features: to train on these in the place of the data, without evaluation; as `run_features` gives them."""
     args, data = ready.args, ready.data
     names = [name for name in CHECKPOINTING if getattr(args, name, None)]
     if names and ready.adapter.checkpoint_activations():
         for name in names:
             setattr(args, name, False)
-    patience = ready.options.early_stopping_patience
+    own = features is None
+    patience = ready.options.early_stopping_patience if own else None
     run = {"options": dataclasses.asdict(ready.config), "data": data.sha256, "seed": args.seed}
-    shape = _packed if ready.options.packing else _padded
     preference = _preference(ready.options)
-    sets = [shape(ready, data), shape(ready, ready.eval_data) if ready.eval_data else None]
+    train = run_features(ready, data) if features is None else features
+    evaluate = run_features(ready, ready.eval_data) if own and ready.eval_data else None
     trainer = AdapterTrainer(
         ready.adapter,
         {"method": ready.method.name, **ready.loss_options(), **run},
         preference,
         model=ready.model,
         args=args,
-        train_dataset=sets[0],
-        eval_dataset=sets[1],
+        train_dataset=train,
+        eval_dataset=evaluate,
         data_collator=_collator(ready),
         callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
     )
-    if preference is not None:
-        for features in filter(None, sets):
-            preference.add_references(trainer, features)
+    if preference is not None and own:
+        for rows in filter(None, (train, evaluate)):
+            preference.add_references(trainer, rows)
     return trainer
 
 
@@ -84,8 +88,9 @@ def _preference(options: RunOptions) -> Preference | None:
     return Preference(options.loss, options.beta, (options.desirable_weight, options.undesirable_weight))
 
 
-def _padded(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
-    return data.encoded.features()
+def run_features(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
+    """What the run's collator takes: rows, or packs of them."""
+    return _packed(ready, data) if ready.options.packing else data.encoded.features()
 
 
 def _packed(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:

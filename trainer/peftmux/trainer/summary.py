@@ -7,12 +7,9 @@ from collections import Counter
 
 from peftmux.trainer.methods import AttachedAdapter
 
-OPTIMIZER_BYTES = 16
-"""Per trained parameter: weight, gradient and AdamW's two moments, float32 each."""
-
 
 def trainable_summary(adapter: AttachedAdapter, base_parameters: int) -> str:
-    """One line per kind of place (layer numbers as *), then the total and its memory beside the base model's."""
+    """One line per kind of place (layer numbers as *), then the total."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for name, size in adapter.sites().items():
@@ -22,7 +19,6 @@ def trainable_summary(adapter: AttachedAdapter, base_parameters: int) -> str:
     total = sum(sizes.values())
     width = max(map(len, sizes))
     lines = [f"  {kind:<{width}}  {counts[kind]:>4} places  {size:>12,}" for kind, size in sizes.items()]
-    share, memory = 100 * total / base_parameters, total * OPTIMIZER_BYTES / 2**20
+    share = 100 * total / base_parameters
     footer = f"trainable parameters: {total:,} ({share:.2f} % of {base_parameters:,})"
-    footer += f", {memory:.1f} MiB with gradients and AdamW's state"
     return "\n".join([f"{adapter.kind}:", *lines, *adapter.notes, footer])

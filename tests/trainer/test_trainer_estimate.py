@@ -1,0 +1,141 @@
+"""`--dry-run` says what a run takes: against the peak of real runs, as the system sees it and as tensors alive."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+
+from peftmux.trainer import train
+from peftmux.trainer.estimate.fit import Shape, StepMemory
+from peftmux.trainer.estimate.live import LiveBytes
+from tests.trainer.tiny_models import COMMON, HEADS, build_tokenizer, copy_task, save_base, write_rows
+
+MEASURE = Path(__file__).with_name("measure_runs.py")
+SIZES: dict[str, tuple[int, list[tuple[str, bool]]]] = {
+    "small": (256, [("lora", False), ("lora", True), ("dora", False)]),
+    "large": (448, [("prefix", False), ("prefix", True), ("ia3", False)]),
+}
+"""The base's width; methods, each with gradient checkpointing or without."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("size", SIZES)
+def test_the_peak_above_the_idle_process(size: str, tmp_path: Path):
+    """The C library's heap keeps holes; with every large block mapped by itself the process holds what is alive."""
+    width, methods = SIZES[size]
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "vocab_size": 2000, "num_hidden_layers": 4}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**COMMON, **HEADS, **shape})).save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * 20, "completion": "b" * 60} for _ in range(16)])
+    runs = [
+        {"method": method, "training": {"per_device_train_batch_size": 8, "gradient_checkpointing": again}}
+        for method, again in methods
+    ]
+    done = subprocess.run(
+        [sys.executable, MEASURE, tmp_path / "base", rows, tmp_path / "out"],
+        input=json.dumps(runs),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )
+    for run, result in zip(runs, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert result["measured"] > 20e6, run
+        assert result["estimated"] == pytest.approx(result["measured"], rel=0.1), run
+
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "prompt": ("prompt", {"config": {"num_virtual_tokens": 5}}),
+    "shira": ("shira", {}),
+    "one row a batch": ("lora", {"training": {"per_device_train_batch_size": 1}}),
+    "accumulated": ("dora", {"training": {"gradient_accumulation_steps": 3}}),
+    "checkpointed": ("prefix", {"training": {"gradient_checkpointing": True}}),
+    "another optimiser": ("lora", {"training": {"optim": "adafactor"}}),
+    "bfloat16": ("lora", {"training": {"bf16": True}}),
+    "packed": ("lora", {"packing": True, "pack_length": 64}),
+    "dpo": ("lora", {"loss": "dpo"}),
+}
+
+
+class Peak(TrainerCallback):
+    """Live bytes from the second step on: the optimiser has its state."""
+
+    def __init__(self) -> None:
+        self.live = LiveBytes()
+        self.bytes = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.live.hold([*model.parameters(), *model.buffers()])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.live.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        line = self.live.end()
+        self.bytes = max(self.bytes, *line) if state.global_step > 1 else 0
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_every_way_to_run(case: str, qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    method, run = RUNS[case]
+    texts = [{"prompt": "a" * (20 + 3 * (i % 5)), "completion": "b" * (5 + i % 7)} for i in range(24)]
+    if run.get("loss") == "dpo":
+        texts = [{"prompt": t["prompt"], "chosen": t["completion"], "rejected": "c" * 9} for t in texts]
+    training = {"max_steps": 12, "per_device_train_batch_size": 3, "disable_tqdm": True, **run.get("training", {})}
+    options: dict[str, Any] = {
+        "model": qwen2,
+        "data": write_rows(tmp_path / "rows.jsonl", texts),
+        "out": tmp_path / "a",
+        **run,
+        "training": training,
+    }
+    estimated = train(method, **options, dry_run=True).metrics["peak_bytes"]
+    shown = capsys.readouterr().err
+    assert "roughly" not in shown
+    assert "time: 12 steps of about" in shown
+    peak = Peak()
+    with peak.live:
+        train(method, **options, callbacks=[peak])
+    # accumulated: the largest batch may be a step's first, before there are gradients
+    assert estimated == pytest.approx(peak.bytes, rel=0.05 if case == "accumulated" else 0.01)
+
+
+def test_experts_are_estimated_roughly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, rows = save_base(tmp_path / "base", "mixtral"), write_rows(tmp_path / "rows.jsonl", copy_task(16))
+    options: dict[str, Any] = {"model": base, "data": rows, "out": tmp_path / "a"}
+    training = {"max_steps": 3, "disable_tqdm": True}
+    estimated = train("lora", **options, training=training, dry_run=True).metrics["peak_bytes"]
+    peak = Peak()
+    with peak.live:
+        train("lora", **options, training=training, callbacks=[peak])
+    assert estimated == pytest.approx(peak.bytes, rel=0.1)
+
+
+def test_a_dry_run_leaves_the_adapter_as_it_starts(qwen2: Path, rows: Path, tmp_path: Path):
+    untouched = {"training": {"max_steps": 1, "learning_rate": 0.0, "disable_tqdm": True}}
+    options: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a"}
+    adapters = [train("adalora", **options, **run).adapter for run in ({"dry_run": True}, untouched)]
+    parts = [adapter.state() for adapter in adapters]
+    assert all(torch.equal(tensor, parts[0][name]) for name, tensor in parts[1].items() if "lora" in name)
+
+
+def test_a_peak_may_move_with_the_size():
+    """At small sizes the first operation holds most, at large ones the second."""
+    shapes = [Shape(b, t, k) for b in (2, 4) for t in (8, 12, 20) for k in (3, 5)]
+    lines = [[1000 + s.rows * s.tokens, s.rows * s.tokens**2 + 8 * s.rows * s.kept] for s in shapes]
+    memory = StepMemory(shapes, lines)
+    assert memory.exact
+    assert memory.peak(Shape(2, 4, 3)) == pytest.approx(1008)
+    assert memory.peak(Shape(8, 500, 100)) == pytest.approx(8 * 500**2 + 8 * 8 * 100, abs=2)
+    assert memory.largest([Shape(1, 30, 2), Shape(3, 20, 2), Shape(2, 8, 8)]) == Shape(3, 20, 2)
+    assert not StepMemory(shapes, [[1, 2], *lines[1:]]).exact
