@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from benchmarks.engine_adapters import GRAPHED, KINDS
+from benchmarks.engine_adapters import KINDS
 from benchmarks.engine_model import LLAMA_8B, TINY, Floor, Shape, bandwidth, random_llama
 from benchmarks.engine_opponents import ContinuousBatching, room_for, with_peft
 from benchmarks.engine_session import Adapter, Session
@@ -139,7 +139,6 @@ def scenarios(session: Session, floor: Floor, scale: Scale, dtype: torch.dtype, 
     for rows in others:
         yield decoded(rows, (), 0)
     yield decoded(first, ("dora",), most)
-    yield decoded(first, GRAPHED, most)
     yield decoded(first, tuple(KINDS), most)
     for n in (0, *(n for n in scale.adapters if n <= _PREFILLED)):
         name = f"prefill {scale.shape.prefill} tokens, {f'{n} x lora' if n else 'base'}"

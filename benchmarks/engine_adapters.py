@@ -105,9 +105,6 @@ KINDS: Mapping[str, Callable[[Maker], Parts]] = {
     "bottleneck": _bottleneck,
 }
 
-GRAPHED = ("lora", "dora", "ia3", "bias", "prefix")
-"""Those whose rows a captured decode step may have."""
-
 
 def random_adapter(model: LoadedModel, kind: str, rank: int, prefix: int, seed: int) -> LoweredAdapter:
     digest = hashlib.sha256(f"{kind} {rank} {prefix} {seed}".encode()).hexdigest()

@@ -205,6 +205,20 @@ def test_adapters_outside_the_tables_run_as_they_come(made):
     assert not graphs.takes([decoding(slot=3)]), "what a first pass sees is no input of a graph"
 
 
+def test_a_site_that_only_others_held_is_not_in_the_graph(made):
+    """A branch with a fusion, say: its own kernel is not launched there until a bottleneck comes."""
+    graphs, _, _ = made()
+    site, elsewhere, never = object(), object(), object()
+    Moving.refused = frozenset({id(never)})
+    graphs.placed(1, [elsewhere])
+    graphs.placed(2, [site, never])
+    graphs.run([decoding(slot=1)], Cache(), None)
+    graphs.removed(2, [site, never])
+    graphs.placed(3, [site])
+    graphs.run([decoding(slot=3)], Cache(), None)
+    assert graphs.captures == 2
+
+
 def test_a_failed_capture_is_said_once_and_the_step_runs(made, caplog):
     def failing(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing")

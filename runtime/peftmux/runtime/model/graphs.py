@@ -115,7 +115,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """`sites` held adapters when this was captured; `generation` is the operators' of then."""
+    """`sites` held adapters that graphs serve when this was captured; `generation` is the operators' of then."""
 
     replay: Callable[[], Tensor]
     sites: frozenset[int]
@@ -169,7 +169,7 @@ class DecodeGraphs:
         self._buckets: dict[int, Bucket] = {}
         self._captured: dict[tuple[int, bool], _Captured] = {}
         self._held: Counter[int] = Counter()
-        """Adapters at each site, by the site's identity."""
+        """Adapters that graphs serve at each site, by the site's identity."""
         self._sites: frozenset[int] = frozenset()
         self._eager: set[int] = set()
         """Slots of adapters that no graph serves."""
@@ -183,16 +183,21 @@ class DecodeGraphs:
         return not self._off
 
     def placed(self, slot: int, sites: Collection[Site]) -> None:
-        if not all(map(self._operators.serves, sites)):
+        """What adapters that no graph serves hold counts for none: where only they are, a capture may leave out what
+        others need."""
+        if all(map(self._operators.serves, sites)):
+            self._held.update(map(id, sites))
+            self._sites = frozenset(self._held)
+        else:
             self._eager.add(slot)
-        self._held.update(map(id, sites))
-        self._sites = frozenset(self._held)
 
     def removed(self, slot: int, sites: Collection[Site]) -> None:
-        self._eager.discard(slot)
-        self._held.subtract(map(id, sites))
-        self._held = +self._held
-        self._sites = frozenset(self._held)
+        if slot in self._eager:
+            self._eager.remove(slot)
+        else:
+            self._held.subtract(map(id, sites))
+            self._held = +self._held
+            self._sites = frozenset(self._held)
 
     def takes(self, rows: Sequence[RowPlan]) -> bool:
         return not self._off and replayable(rows, self._sizes[-1], self._eager)
