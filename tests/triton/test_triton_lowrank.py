@@ -81,7 +81,7 @@ def test_which_kernels_run(
     assert launches.names() == ["shrink", "expand"] * 2
     (_, shrink_grid, shrink), (_, expand_grid, expand) = launches.seen[:2]
     assert (shrink["BLOCK_M"], expand["BLOCK_M"]) == (block_m, block_m)
-    assert (shrink["PARTS"], shrink_grid[2]) == (parts, parts)
+    assert (shrink["SPLIT"], shrink_grid[2]) == (parts > 1, parts)
     assert (shrink["SLICES"], shrink["ALIGNED"]) == (len(widths[1]), True)
     assert expand_grid[1] == sum(-(-n // expand["BLOCK_N"]) for n in widths[1])
 
@@ -89,7 +89,7 @@ def test_which_kernels_run(
 def test_one_graph_runs_any_step() -> None:
     """What a CUDA graph captures is fixed: buffers, tables, grids. Steps, adapters and ranks then change under it."""
     dtype = torch.bfloat16
-    path = make_path(EVEN, dtype, ())
+    path = make_path(EVEN, dtype, (5, 7))
     buffer = TileBuffer(20, 6, "cpu")
     captured = Segments.over(buffer, "cpu")
     shape = path.shape(captured.tiles)
@@ -97,19 +97,19 @@ def test_one_graph_runs_any_step() -> None:
     y, x = batch(20, EVEN, dtype, padding=0)
     columns = column_table(EVEN[1], shape.block_n, "cpu")
     held = path._workspace.buffers(20, len(captured.tiles.tiles), dtype)
-    shared = (captured.tiles.tiles, captured.tiles.order, path._table.rows)
+    shared = (captured.tiles.tiles, captured.tiles.order, path._table.tensor)
 
     def replay() -> Tensor:
         got = y.clone()
         held.t.fill_(torch.nan)
         held.partial.fill_(torch.nan)
         ops.lowrank_shrink(x, held.t, held.partial, held.arrived, *shared, ops.shrink_numbers(shape, 3, True))
-        ops.lowrank_expand(held.t, got, *shared, columns, ops.expand_numbers(shape, 3, True))
+        ops.lowrank_expand(held.t, got, *shared, columns, ops.expand_numbers(shape, True))
         return got
 
     assert torch.equal(replay(), y)
     for put, drop, rows in (
-        ([4, 7], [], ([4, 0, 7], [9, 3, 2])),
+        ([4], [5], ([4, 0, 7], [9, 3, 2])),
         ([1], [4], ([4, 0, 7, 1], [9, 3, 2, 1])),
         ([8, 2], [1], ([8, 2, 1], [1, 18, 1])),
     ):
@@ -120,7 +120,7 @@ def test_one_graph_runs_any_step() -> None:
         segments = Segments.build(*rows)
         buffer.fill(segments.runs)
         here = Segments(
-            tuple(run for run in segments.runs if run[0] in path._kept), segments.num_tokens, captured.device, 1
+            tuple(run for run in segments.runs if run[0] in path._ranks), segments.num_tokens, captured.device, 1
         )
         expected, size = exact(y, x, here, EVEN)
         got = replay()
@@ -136,13 +136,17 @@ def test_what_moves_is_announced() -> None:
     space = path._workspace
     before = space.generation
     path.put(1, prepare(make_parts(1, EVEN), *EVEN, torch.float32, torch.device("cpu")))
-    assert space.generation == before
+    assert space.generation == before + 1, "the table was made"
+    path.put(4, prepare(make_parts(4, EVEN), *EVEN, torch.float32, torch.device("cpu")))
+    assert space.generation == before + 1
     path.put(FAR_SLOT, prepare(make_parts(1, EVEN), *EVEN, torch.float32, torch.device("cpu")))
-    assert space.generation == before + 1, "the table grew"
+    assert space.generation == before + 2, "the table grew"
+    path.put(7, prepare(make_parts(7, EVEN), *EVEN, torch.float32, torch.device("cpu")))
+    assert space.generation == before + 3, "the first gate"
     rank = space.columns + 1
     wide = LinearPart(torch.randn(rank, EVEN[0]) / 23, torch.randn(EVEN[1][0], rank) / rank**0.5)
     path.put(2, prepare([wide, None, None], *EVEN, torch.float32, torch.device("cpu")))
-    assert space.generation == before + 2, "t grew"
+    assert space.generation == before + 4, "t grew"
     y, x = batch(3, EVEN, torch.float32, padding=0)
     segments = Segments.build([FAR_SLOT, 2, 1], [1, 1, 1])
     got = run(path, segments, y, x)
@@ -175,13 +179,13 @@ def test_the_operators_are_known_to_torch() -> None:
     y, x = batch(2, EVEN, torch.float32, padding=0)
     shape = path.shape(segments.tiles)
     held = path._workspace.buffers(2, 2, torch.float32)
-    shared = (segments.tiles.tiles, segments.tiles.order, path._table.rows)
+    shared = (segments.tiles.tiles, segments.tiles.order, path._table.tensor)
     checks = ("test_schema", "test_faketensor")
     arguments = (x, held.t, held.partial, held.arrived, *shared, ops.shrink_numbers(shape, 3, True))
     torch.library.opcheck(ops.lowrank_shrink, arguments, test_utils=checks)
     columns = column_table(EVEN[1], shape.block_n, "cpu")
     torch.library.opcheck(
-        ops.lowrank_expand, (held.t, y, *shared, columns, ops.expand_numbers(shape, 3, True)), test_utils=checks
+        ops.lowrank_expand, (held.t, y, *shared, columns, ops.expand_numbers(shape, True)), test_utils=checks
     )
 
 

@@ -39,12 +39,16 @@ def products(
     width,
     stride_x,
     part,
-    PARTS: tl.constexpr,
+    PARTS,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = None,
 ):
-    """[BLOCK_M, BLOCK_R] float32: rows of x by rows of the matrix, over one part of their width."""
+    """[BLOCK_M, BLOCK_R] float32: rows of x by rows of the matrix, over one of PARTS parts of their width.
+
+    STAGES: of the loop's pipeline where it is not the launch's own.
+    """
     k = tl.arange(0, BLOCK_K)
     if BLOCK_M == 1:
         sums = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
@@ -60,7 +64,7 @@ def products(
         out = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         rows_a = matrix + row[None, :] * width + k[:, None]
         rows_x = x + token[:, None] * stride_x + k[None, :]
-        for start in range(part * BLOCK_K, width, BLOCK_K * PARTS):
+        for start in tl.range(part * BLOCK_K, width, BLOCK_K * PARTS, num_stages=STAGES):
             own = start + k < width
             a = tl.load(rows_a + start, mask=has_row[None, :] & own[:, None], other=0.0)
             v = tl.load(rows_x + start, mask=has_token[:, None] & own[None, :], other=0.0)
@@ -130,11 +134,11 @@ def _weighed(acc, logits, piece, c, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 
 
 @triton.jit
-def _summed(parts, mask, stride_part, PARTS: tl.constexpr):
+def _summed(partial, mask, stride_part, parts):
     """Of all parts in order; past the first-level cache, since other programs have written them."""
-    total = tl.load(parts, mask=mask, other=0.0, cache_modifier=".cg")
-    for i in range(1, PARTS):
-        total += tl.load(parts + i * stride_part, mask=mask, other=0.0, cache_modifier=".cg")
+    total = tl.load(partial, mask=mask, other=0.0, cache_modifier=".cg")
+    for i in range(1, parts):
+        total += tl.load(partial + i * stride_part, mask=mask, other=0.0, cache_modifier=".cg")
     return total
 
 
@@ -153,17 +157,18 @@ def shrink(
     stride_t,
     stride_partial,
     stride_part,
+    parts,
     SLICES: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Grid (tiles, programs that share the columns of t, PARTS).
+    """Grid (tiles, programs that share the columns of t, parts); SPLIT says whether there are several parts.
 
-    x: [T, width]; t: [T, stride_t] by position; partial: [PARTS, T, stride_partial] float32, the columns of t and after
+    x: [T, width]; t: [T, stride_t] by position; partial: [parts, T, stride_partial] float32, the columns of t and after
     them BLOCK_E of each slice for its gate; arrived: [tiles, stride_t / 16] int32, zeros, and left so.
     """
     tile = tl.program_id(0)
@@ -173,7 +178,6 @@ def shrink(
     part = tl.program_id(2)
     first = tl.load(tiles + tile * 4 + 1)
     m = tl.arange(0, BLOCK_M)
-    e = tl.arange(0, BLOCK_E)
     has_token = m < tl.load(tiles + tile * 4 + 2)
     token = tl.load(order + first + m, mask=has_token, other=0).to(tl.int64)
     position = (first + m)[:, None]
@@ -184,50 +188,55 @@ def shrink(
         c = block * BLOCK_R + tl.arange(0, BLOCK_R)
         row, has_row = _rows(entry, c, SLICES)
         mask = has_token[:, None] & (c < columns)[None, :]
-        acc = products(x, a, row, has_row, token, has_token, width, stride_x, part, PARTS, BLOCK_M, BLOCK_R, BLOCK_K)
-        gate_row = _first_gate(entry, SLICES)
-        for i in tl.static_range(SLICES):
-            piece = entry + HEAD + i * FIELDS
-            experts = tl.load(piece + 5).to(tl.int32)
-            if _gates(piece, block, BLOCK_R):
-                logits = products(
-                    x,
-                    a,
-                    gate_row + e,
-                    e < experts,
-                    token,
-                    has_token,
-                    width,
-                    stride_x,
-                    part,
-                    PARTS,
-                    BLOCK_M,
-                    BLOCK_E,
-                    BLOCK_K,
-                )
-                if PARTS == 1:
-                    acc = _weighed(acc, logits, piece, c, BLOCK_M, BLOCK_R, BLOCK_E)
-                else:  # every block of this slice writes the same bits here
-                    own = partial + part * stride_part + position * stride_partial
-                    tl.store(own + stride_t + i * BLOCK_E + e[None, :], logits, mask=has_token[:, None])
-            gate_row += experts
-        if PARTS == 1:
+        acc = products(x, a, row, has_row, token, has_token, width, stride_x, part, parts, BLOCK_M, BLOCK_R, BLOCK_K)
+        if BLOCK_E:
+            e = tl.arange(0, BLOCK_E)
+            gate_row = _first_gate(entry, SLICES)
+            for i in tl.static_range(SLICES):
+                piece = entry + HEAD + i * FIELDS
+                experts = tl.load(piece + 5).to(tl.int32)
+                if _gates(piece, block, BLOCK_R):
+                    logits = products(
+                        x,
+                        a,
+                        gate_row + e,
+                        e < experts,
+                        token,
+                        has_token,
+                        width,
+                        stride_x,
+                        part,
+                        parts,
+                        BLOCK_M,
+                        BLOCK_E,
+                        BLOCK_K,
+                        1 if BLOCK_M < 64 else None,  # few columns: registers are worth more than a pipeline
+                    )
+                    if not SPLIT:
+                        acc = _weighed(acc, logits, piece, c, BLOCK_M, BLOCK_R, BLOCK_E)
+                    else:  # every block of this slice writes the same bits here
+                        own = partial + part * stride_part + position * stride_partial
+                        tl.store(own + stride_t + i * BLOCK_E + e[None, :], logits, mask=has_token[:, None])
+                gate_row += experts
+        if not SPLIT:
             acc = acc * _scales(entry, c, SLICES)[None, :]
             tl.store(t + position * stride_t + c[None, :], acc.to(t.dtype.element_ty), mask=mask)
         else:
-            parts = partial + position * stride_partial
-            tl.store(parts + part * stride_part + c[None, :], acc, mask=mask)
+            sums = partial + position * stride_partial
+            tl.store(sums + part * stride_part + c[None, :], acc, mask=mask)
             tl.debug_barrier()
             counter = arrived + tile * (stride_t // GRANULE) + block
-            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
-                total = _summed(parts + c[None, :], mask, stride_part, PARTS)
-                for i in tl.static_range(SLICES):
-                    piece = entry + HEAD + i * FIELDS
-                    if _gates(piece, block, BLOCK_R):
-                        logits = _summed(
-                            parts + stride_t + i * BLOCK_E + e[None, :], has_token[:, None], stride_part, PARTS
-                        )
-                        total = _weighed(total, logits, piece, c, BLOCK_M, BLOCK_R, BLOCK_E)
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1:
+                total = _summed(sums + c[None, :], mask, stride_part, parts)
+                if BLOCK_E:
+                    e = tl.arange(0, BLOCK_E)
+                    for i in tl.static_range(SLICES):
+                        piece = entry + HEAD + i * FIELDS
+                        if _gates(piece, block, BLOCK_R):
+                            logits = _summed(
+                                sums + stride_t + i * BLOCK_E + e[None, :], has_token[:, None], stride_part, parts
+                            )
+                            total = _weighed(total, logits, piece, c, BLOCK_M, BLOCK_R, BLOCK_E)
                 total = total * _scales(entry, c, SLICES)[None, :]
                 tl.store(t + position * stride_t + c[None, :], total.to(t.dtype.element_ty), mask=mask)
                 tl.atomic_xchg(counter, 0, sem="release", scope="gpu")
@@ -242,9 +251,9 @@ def expand(
     table,
     columns,
     slots,
+    stride_table,
     stride_t,
     stride_y,
-    SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -258,7 +267,7 @@ def expand(
     own = columns + tl.program_id(1) * 4
     width = tl.load(own + 2)
     start = tl.load(own + 3)
-    entry = table + slot.to(tl.int64) * (HEAD + SLICES * FIELDS)
+    entry = table + slot.to(tl.int64) * stride_table
     piece = entry + HEAD + tl.load(own) * FIELDS
     rank = tl.load(piece).to(tl.int32)
     column = tl.load(piece + 1).to(tl.int32)
@@ -319,3 +328,55 @@ def expand(
             added = tl.multiple_of(added, 16)
         acc = acc + tl.load(added + start + n, mask=has_column, other=0.0)[None, :]
     tl.store(target, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def outer(
+    left,
+    right,
+    groups,
+    order,
+    table,
+    slots,
+    width,
+    stride_left,
+    stride_right,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """out[c, n] = sum over the positions p of one adapter of left[p, c] right[token(p), n], in float32.
+
+    Grid (groups, columns of `right` by BLOCK_N, programs that share an adapter's ranks). groups: tiles of all positions
+    of an adapter each; left: [T, stride_left] by position; right: [T, width]; the table of one slice gives each
+    adapter's rank and, in the place of A, where its out [rank, width] is.
+    """
+    slot = tl.load(groups + tl.program_id(0) * 4)
+    if (slot < 0) | (slot >= slots):
+        return
+    first = tl.load(groups + tl.program_id(0) * 4 + 1)
+    count = tl.load(groups + tl.program_id(0) * 4 + 2)
+    entry = table + slot.to(tl.int64) * (HEAD + FIELDS)
+    rank = tl.load(entry + HEAD).to(tl.int32)
+    out = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        out = tl.multiple_of(out, 16)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    kept = tl.multiple_of(tl.cdiv(rank, GRANULE) * GRANULE, 16)
+    for block in range(tl.program_id(2), tl.cdiv(rank, BLOCK_R), tl.num_programs(2)):
+        c = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+        for start in range(0, count, BLOCK_M):
+            has_token = start + m < count
+            token = tl.load(order + first + start + m, mask=has_token, other=0).to(tl.int64)
+            own = left + (first + start + m)[None, :] * stride_left + c[:, None]
+            a = tl.load(own, mask=has_token[None, :] & (c < kept)[:, None], other=0.0)
+            b = tl.load(
+                right + token[:, None] * stride_right + n[None, :],
+                mask=has_token[:, None] & (n < width)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        tl.store(out + c[:, None] * width + n[None, :], acc, mask=(c < rank)[:, None] & (n < width)[None, :])

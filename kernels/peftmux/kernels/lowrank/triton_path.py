@@ -10,17 +10,24 @@ from peftmux.kernels.lowrank.layout import Prepared
 from peftmux.kernels.lowrank.segments import Segments
 from peftmux.kernels.lowrank.tiles import Tiles
 from peftmux.kernels.lowrank.triton_shapes import Shape, choose
-from peftmux.kernels.lowrank.triton_table import GRANULE, MOST_EXPERTS, SlotTable, column_table, columns_of
+from peftmux.kernels.lowrank.triton_table import (
+    FIELDS,
+    GRANULE,
+    HEAD,
+    MOST_EXPERTS,
+    column_table,
+    columns_of,
+    record,
+)
 from peftmux.kernels.lowrank.workspace import workspace
-
-_FIRST_SLOTS = 256
-"""Rows of the table to begin with; it grows, and moves then, with the largest slot that is used."""
+from peftmux.kernels.slots import SlotTable
 
 
 class TritonPath:
-    """One site's adapters as a table of addresses. The tensors behind them live in `_kept` until dropped.
+    """One site's adapters as a table of addresses. Used by the thread that runs the model, on its current stream.
 
-    Used by the thread that runs the model, on its current stream.
+    A CUDA graph captured over `Segments.over` goes on serving while the workspace's `generation` stays: it rises with
+    the first adapter, the first gate, a slot past the table and a rank past the workspace.
     """
 
     name = "triton"
@@ -34,44 +41,43 @@ class TritonPath:
         self._slices = slices
         self._itemsize = dtype.itemsize
         self._workspace = workspace(device)
-        self._workspace.reserve(GRANULE, len(slices))
-        self._table = SlotTable(slices, _FIRST_SLOTS, device)
+        self._table = SlotTable(HEAD + len(slices) * FIELDS, torch.device(device))
         self._aligned = all(n % GRANULE == 0 for n in (in_features, *slices))
         self._columns: dict[int, Tensor] = {}
-        self._kept: dict[int, Prepared] = {}
+        self._ranks: dict[int, tuple[int, ...]] = {}
         self._most = (0, 0)
         """Columns of t and rank of a slice, of the widest adapter here."""
+        self._ready = False
+        """Whether there is a table: from the first adapter on."""
+        self._gated = False
+        """Whether an adapter with a gate has ever been here."""
 
     def put(self, slot: int, prepared: Prepared) -> None:
-        self._kept[slot] = prepared
         self._workspace.reserve(columns_of(prepared.ranks), len(self._slices))
-        if self._table.put(slot, prepared):
+        self._table.put(slot, *record(prepared, self._slices))
+        self._ranks[slot] = prepared.ranks
+        self._ready = True
+        if prepared.gated and not self._gated:
+            self._gated = True
             self._workspace.moved()
         self._note()
 
     def drop(self, slot: int) -> None:
-        """The table's row is cleared on the stream before the memory can be used again."""
         self._table.drop(slot)
-        prepared = self._kept.pop(slot)
-        if prepared.a.is_cuda:
-            for tensor in (prepared.a, prepared.b, prepared.out_scale, prepared.bias):
-                if tensor is not None:
-                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        del self._ranks[slot]
         self._note()
 
     def _note(self) -> None:
-        held = self._kept.values()
-        self._most = (
-            max((columns_of(p.ranks) for p in held), default=0),
-            max((max(p.ranks) for p in held), default=0),
-        )
+        held = self._ranks.values()
+        self._most = (max(map(columns_of, held), default=0), max(map(max, held), default=0))
 
     def shape(self, tiles: Tiles) -> Shape:
         """The form of the kernels for a step."""
-        tokens, count = tiles.order.shape[0], tiles.tiles.shape[0]
-        return choose(tiles.block_m, tokens, count, self._width, *self._most, self._itemsize)
+        return choose(tiles.block_m, tiles.order.shape[0], self._width, *self._most, self._itemsize, self._gated)
 
     def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None:
+        if not self._ready:
+            return
         if x.stride(1) != 1 or y.stride(1) != 1:
             raise ValueError(f"expected rows of neighbouring elements, got strides {x.stride()} and {y.stride()}")
         tiles = segments.tiles
@@ -80,9 +86,9 @@ class TritonPath:
         if columns is None:
             columns = self._columns[shape.block_n] = column_table(self._slices, shape.block_n, y.device)
         held = self._workspace.buffers(tiles.order.shape[0], tiles.tiles.shape[0], x.dtype)
-        shared = (tiles.tiles, tiles.order, self._table.rows)
+        shared = (tiles.tiles, tiles.order, self._table.tensor)
         slices = len(self._slices)
         triton_ops.lowrank_shrink(
             x, held.t, held.partial, held.arrived, *shared, triton_ops.shrink_numbers(shape, slices, self._aligned)
         )
-        triton_ops.lowrank_expand(held.t, y, *shared, columns, triton_ops.expand_numbers(shape, slices, self._aligned))
+        triton_ops.lowrank_expand(held.t, y, *shared, columns, triton_ops.expand_numbers(shape, self._aligned))

@@ -36,48 +36,24 @@ def columns_of(ranks: tuple[int, ...]) -> int:
     return sum(map(padded, ranks))
 
 
-def encode(prepared: Prepared, slices: tuple[int, ...]) -> list[int]:
-    """One row of the table. `prepared` must outlive the row."""
+def bits(scale: float) -> int:
+    """Of a float32."""
+    (number,) = struct.unpack("<i", struct.pack("<f", scale))
+    return int(number)
+
+
+def record(prepared: Prepared, slices: tuple[int, ...]) -> list[Tensor | int]:
+    """One row of the table, a tensor for its address."""
     ranks = prepared.ranks
-    epilogue = [0 if t is None else t.data_ptr() for t in (prepared.out_scale, prepared.bias)]
-    row = [*epilogue, prepared.a.data_ptr(), columns_of(ranks)]
+    values: list[Tensor | int] = [0 if t is None else t for t in (prepared.out_scale, prepared.bias)]
+    values += [prepared.a, columns_of(ranks)]
     columns = accumulate(map(padded, ranks), initial=0)
     first_rows = accumulate(ranks, initial=0)
-    areas = accumulate((r * n for r, n in zip(ranks, slices, strict=True)), initial=0)
-    for rank, column, first, area, scale, experts in zip(
-        ranks, columns, first_rows, areas, prepared.scales, prepared.experts, strict=False
-    ):
-        b = prepared.b.data_ptr() + area * prepared.b.element_size()
-        row += [rank, column, first, b, struct.unpack("<i", struct.pack("<f", scale))[0], experts]
-    return row
-
-
-class SlotTable:
-    """[capacity, HEAD + slices * FIELDS] int64, zeros where nothing is.
-
-    Written by the thread that runs the model, on the stream that runs it, between steps.
-    """
-
-    def __init__(self, slices: tuple[int, ...], slots: int, device: torch.device | str) -> None:
-        self._slices = slices
-        self.rows = torch.zeros(slots, HEAD + len(slices) * FIELDS, dtype=torch.int64, device=device)
-
-    def put(self, slot: int, prepared: Prepared) -> bool:
-        """-> whether the table had to move to have room: graphs that captured it are stale then."""
-        moved = slot >= len(self.rows)
-        if moved:
-            wider = self.rows.new_zeros(max(slot + 1, 2 * len(self.rows)), self.rows.shape[1])
-            wider[: len(self.rows)] = self.rows
-            self.rows = wider
-        self._write(slot, encode(prepared, self._slices))
-        return moved
-
-    def drop(self, slot: int) -> None:
-        self.rows[slot].zero_()
-
-    def _write(self, slot: int, values: list[int]) -> None:
-        host = torch.tensor(values, dtype=torch.int64)
-        self.rows[slot].copy_(host.pin_memory() if self.rows.is_cuda else host, non_blocking=True)
+    areas = prepared.b.split([r * n for r, n in zip(ranks, slices, strict=True)])
+    pieces = zip(ranks, columns, first_rows, areas, prepared.scales, prepared.experts, strict=False)
+    for rank, column, first, area, scale, experts in pieces:
+        values += [rank, column, first, area, bits(scale), experts]
+    return values
 
 
 def column_table(slices: tuple[int, ...], block_n: int, device: torch.device | str) -> Tensor:

@@ -6,16 +6,17 @@ A form depends on the table in `triton_shapes`, not on a model's widths: these s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import chain, product
 
 from peftmux.kernels.compile import Budget, Variant
 from peftmux.kernels.lowrank import triton_kernels
-from peftmux.kernels.lowrank.tiles import capacity, rows_per_tile
+from peftmux.kernels.lowrank.tiles import rows_per_tile
 from peftmux.kernels.lowrank.triton_shapes import Shape, choose
 from peftmux.kernels.lowrank.triton_table import padded
 
 _TOKENS = (1, 8, 16, 64, 256, 512, 2048, 8192)
 _RANKS = (8, 32, 64)
+_GATED = (False, True)
 _SLICES = (1, 2, 3)
 _WIDTH = 4096
 _TABLES = {"tiles": "*i32", "order": "*i32", "table": "*i64", "slots": "i32"}
@@ -26,28 +27,54 @@ _BUDGET = Budget(registers=255, shared=99 * 1024)
 
 def variants() -> Iterator[Variant]:
     """Every form in bfloat16; in float16, which compiles alike, and in float32 some of each kind."""
-    seen: set[tuple[Any, ...]] = set()
-    for kind in ("bf16", "fp16", "fp32"):
-        for slices in _SLICES if kind == "bf16" else (3,):
-            for tokens in _TOKENS if kind == "bf16" else (8, 64, 2048):
-                for rank in _RANKS if kind == "bf16" else (32,):
-                    shape = _shape(tokens, slices, rank, 4 if kind == "fp32" else 2)
-                    for variant in (_shrink(kind, slices, shape), _expand(kind, slices, shape)):
-                        key = (variant.name, *variant.constants.values())
-                        if key not in seen:
-                            seen.add(key)
-                            yield variant
+    yield from _outers()
+    seen: set[str] = set()
+    tuned = product(("bf16",), _SLICES, _TOKENS, _RANKS, _GATED)
+    others = product(("fp16", "fp32"), (3,), (8, 64, 2048), (32,), _GATED)
+    for kind, slices, tokens, rank, gated in chain(tuned, others):
+        shape = _shape(tokens, slices, rank, 4 if kind == "fp32" else 2, gated)
+        for variant in (_shrink(kind, slices, shape), _expand(kind, shape)):
+            if variant.name not in seen:
+                seen.add(variant.name)
+                yield variant
 
 
-def _shape(tokens: int, slices: int, rank: int, itemsize: int) -> Shape:
+def _outers() -> Iterator[Variant]:
+    for kind, block_r, block_n in (*product(("bf16",), (16, 32), (32, 128)), ("fp32", 32, 32), ("fp32", 32, 128)):
+        yield Variant(
+            name=f"outer_{kind}_r{block_r}_n{block_n}",
+            kernel=triton_kernels.outer,
+            signature={
+                **{name: type_ for name, type_ in _TABLES.items() if name != "tiles"},
+                "left": f"*{kind}",
+                "right": f"*{kind}",
+                "groups": "*i32",
+                "width": "i32",
+                "stride_left": "i32",
+                "stride_right": "i32",
+            },
+            constants={
+                "BLOCK_M": 32 if kind == "fp32" else 64,
+                "BLOCK_R": block_r,
+                "BLOCK_N": block_n,
+                "ALIGNED": True,
+            },
+            num_warps=4,
+            num_stages=3,
+            divisible=("width", "stride_left", "stride_right"),
+        )
+
+
+def _shape(tokens: int, slices: int, rank: int, itemsize: int, gated: bool) -> Shape:
     block_m = rows_per_tile(tokens)
-    tiles = capacity(tokens, tokens, block_m)
-    return choose(block_m, tokens, tiles, _WIDTH, slices * padded(rank), rank, itemsize)
+    return choose(block_m, tokens, _WIDTH, slices * padded(rank), rank, itemsize, gated)
 
 
 def _shrink(kind: str, slices: int, shape: Shape) -> Variant:
+    split = "_split" if shape.parts > 1 else ""
+    gated = "_gated" if shape.block_e else ""
     return Variant(
-        name=f"shrink_{kind}_s{slices}_m{shape.block_m}_r{shape.block_r}_parts{shape.parts}",
+        name=f"shrink_{kind}_s{slices}_m{shape.block_m}_r{shape.block_r}{split}{gated}",
         kernel=triton_kernels.shrink,
         signature={
             **_TABLES,
@@ -56,10 +83,11 @@ def _shrink(kind: str, slices: int, shape: Shape) -> Variant:
             "t": f"*{kind}",
             "stride_partial": "i32",
             "stride_part": "i32",
+            "parts": "i32",
         },
         constants={
             "SLICES": slices,
-            "PARTS": shape.parts,
+            "SPLIT": shape.parts > 1,
             "BLOCK_M": shape.block_m,
             "BLOCK_R": shape.block_r,
             "BLOCK_K": shape.block_k,
@@ -68,25 +96,26 @@ def _shrink(kind: str, slices: int, shape: Shape) -> Variant:
         },
         num_warps=shape.shrink_warps,
         num_stages=shape.shrink_stages,
+        max_registers=shape.shrink_registers or None,
         divisible=_SHRINK_DIVISIBLE,
         budget=_BUDGET,
     )
 
 
-def _expand(kind: str, slices: int, shape: Shape) -> Variant:
+def _expand(kind: str, shape: Shape) -> Variant:
     return Variant(
-        name=f"expand_{kind}_s{slices}_m{shape.block_m}_r{shape.reduce_r}",
+        name=f"expand_{kind}_m{shape.block_m}_r{shape.reduce_r}",
         kernel=triton_kernels.expand,
         signature={
             **_TABLES,
             "t": f"*{kind}",
             "y": f"*{kind}",
             "columns": "*i32",
+            "stride_table": "i32",
             "stride_t": "i32",
             "stride_y": "i32",
         },
         constants={
-            "SLICES": slices,
             "BLOCK_M": shape.block_m,
             "BLOCK_N": shape.block_n,
             "BLOCK_R": shape.reduce_r,
