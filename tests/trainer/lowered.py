@@ -10,6 +10,6 @@ from peftmux.adapters.parts import LoweredAdapter
 from tests.adapters.conftest import _logits
 
 
-def lowered_logits(model: Any, adapter: LoweredAdapter, ids: Tensor) -> Tensor:
+def lowered_logits(model: Any, adapter: LoweredAdapter, ids: Tensor, tasks: tuple[int, ...] = ()) -> Tensor:
     """Logits [rows, T, vocabulary] of unpadded rows `ids` [rows, T]; virtual tokens' own are left out."""
-    return _logits(model, adapter, ids)[:, -ids.shape[1] :]
+    return _logits(model, adapter, ids, tasks)[:, -ids.shape[1] :]

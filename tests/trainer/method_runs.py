@@ -39,7 +39,13 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
 
 
 def check_learns(
-    method: str, base: Path, rows: Path, folder: Path, config: Config | None = None, untrained: float = 0.8
+    method: str,
+    base: Path,
+    rows: Path,
+    folder: Path,
+    config: Config | None = None,
+    untrained: float = 0.8,
+    trained: float = 0.1,
 ) -> None:
     """The base does it when told "up"; an adapter learns to do it untold, within 80 steps with its defaults."""
     held_out = write_rows(folder / "eval.jsonl", copy_task(32, seed=1))
@@ -49,7 +55,7 @@ def check_learns(
         training = {"max_steps": steps, "per_device_train_batch_size": 16, "disable_tqdm": True, **rate}
         losses.append(train(method, **run, training=training, overwrite=True).metrics["eval_loss"])
     assert losses[0] > untrained, "untrained it cannot do it"
-    assert losses[1] < 0.1, losses
+    assert losses[1] < trained, losses
 
 
 def check_files_give_the_models_logits(

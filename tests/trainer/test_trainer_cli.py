@@ -38,6 +38,10 @@ METHOD_FLAGS["mixlora"] = METHOD_FLAGS["loramoe"] | {"--top-k"}
 METHOD_FLAGS["fusion"] = {"--adapters", "--regularization"}
 METHOD_FLAGS["prompt"] = {"--num-virtual-tokens", "--prompt-init", "--prompt-init-text"}
 METHOD_FLAGS["p-tuning"] = METHOD_FLAGS["prompt"] | {"--encoder-reparameterization-type", "--encoder-hidden-size"}
+METHOD_FLAGS["p-tuning"] |= {"--template", "--encoder-dropout"}
+METHOD_FLAGS["prefix"] |= {"--prefix-projection", "--encoder-hidden-size", "--prefix-init-from"}
+METHOD_FLAGS["p-tuning-v2"] = METHOD_FLAGS["prefix"]
+METHOD_FLAGS["multitask-prompt"] = METHOD_FLAGS["prompt"] | {"--tasks", "--num-ranks"}
 METHOD_FLAGS["rslora"] = METHOD_FLAGS["lora"] - {"--use-rslora"}
 RUN_FLAGS = {
     *(

@@ -32,7 +32,7 @@ SPECS: list[dict[str, Any]] = [
     {"name": "vectors", "method": "ia3", "max_steps": 4, "weight_decay": 0.1},
     {"name": "norms", "method": "ln", "max_steps": 4},
     {"name": "entries", "method": "shira", "r": 1, "max_steps": 4},
-    {"name": "biases", "method": "bitfit", "max_steps": 4},
+    {"name": "biases", "method": "bitfit", "max_steps": 4, "learning_rate": 1e-2},
     {"name": "whole", "method": "layers", "max_steps": 4},
     {"name": "difference", "method": "diffpruning", "sparsity": 0.1, "max_steps": 6},
     {"name": "beside", "method": "ladder", "max_steps": 5},
@@ -40,6 +40,8 @@ SPECS: list[dict[str, Any]] = [
     {"name": "parallel", "method": "parallel", "max_steps": 4},
     {"name": "weighed", "method": "loramoe", "max_steps": 4},
     {"name": "chosen", "method": "mixlora", "max_steps": 4, "learning_rate": 1e-3},
+    {"name": "projected", "method": "prefix", "prefix_projection": True, "num_virtual_tokens": 2, "max_steps": 4},
+    {"name": "template", "method": "p-tuning", "template": ["2@0", "1@-1"], "max_steps": 4},
     {"name": "directions", "method": "pissa", "r": 2, "num_train_epochs": 2},
 ]
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.head import Head, HeadLayer, apply_head
+from peftmux.trainer.data import Example
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachedAdapter
 
@@ -56,7 +57,7 @@ class HeadedAdapter(AttachedAdapter):
             raise OptionError("target-modules", f"expected layers that a classifier has, which has no {output}")
         self._inner = inner
         self.head = head
-        self.prefix, self.virtual = inner.prefix, inner.virtual
+        self.prefix, self.virtual, self.places_tokens = inner.prefix, inner.virtual, inner.places_tokens
         self._model = model
         self.kind, self.key, self.changes, self.notes = inner.kind, inner.key, inner.changes, inner.notes
         self.modules = nn.ModuleDict({**dict(inner.modules.items()), "head": head})
@@ -91,6 +92,9 @@ class HeadedAdapter(AttachedAdapter):
         own = {"params": list(self.head.parameters()), "weight_decay": weight_decay}
         groups = [group for group in self._inner.optimizer_groups(weight_decay, learning_rate) if group["params"]]
         return [*groups, own]
+
+    def place(self, example: Example) -> Example:
+        return self._inner.place(example)
 
     def regulariser(self) -> Tensor | None:
         return self._inner.regulariser()

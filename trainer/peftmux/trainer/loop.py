@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from peftmux.trainer.data import (
     label_names,
     read_rows,
 )
-from peftmux.trainer.errors import OptionError, TrainerError
+from peftmux.trainer.errors import DataError, OptionError, TrainerError
 from peftmux.trainer.estimate import estimate_run
 from peftmux.trainer.export import export_adapter, publish
 from peftmux.trainer.heads import HeadedAdapter, TaskHead
@@ -99,7 +100,7 @@ def prepare(
     rate = method.learning_rate(model.config.get_text_config().hidden_size)
     args = training_arguments(options, training, rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE)
     base_parameters = model.num_parameters()
-    limit = min(options.max_length or sys.maxsize, longest_row(model, getattr(config, "num_virtual_tokens", 0)))
+    limit = min(options.max_length or sys.maxsize, longest_row(model, _reserved(config, options.task)))
     if limit < 2:
         raise OptionError("num-virtual-tokens", f"expected room for a row in the model's context, found {limit} tokens")
     data = _encode(options.data, rows, tokenizer, options, limit, labels)
@@ -109,9 +110,15 @@ def prepare(
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     with Host.of(model).aside():
-        adapter = method.attach(model, config, AttachContext(args.seed, data.encoded.examples, tokenize, labels))
+        context = AttachContext(args.seed, data.encoded.examples, tokenize, labels, options.task)
+        adapter = method.attach(model, config, context)
         if options.task != "generation":
             adapter = HeadedAdapter(adapter, TaskHead(model, options.task, labels, args.seed), model)
+    if adapter.places_tokens:
+        if options.loss != NEXT_TOKEN:
+            raise OptionError("loss", f"{options.loss} is not for {method.name}, whose tokens stand inside of the rows")
+        data = _placed(data, adapter, options.data)
+        eval_data = eval_data and _placed(eval_data, adapter, options.eval_data)
     return Prepared(
         method, options, config, training, model, tokenizer, args, data, eval_data, adapter, base_parameters
     )
@@ -163,6 +170,22 @@ def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: in
             rows, tokenizer, path, max_length=limit, over_long=options.over_long, append_eos=options.append_eos
         )
     return DataFacts(Path(path).name, file_digest(path), encoded)
+
+
+def _reserved(config: Any, task: str) -> int:
+    """Positions that virtual tokens take."""
+    given = getattr(config, "num_virtual_tokens", 0)
+    return int(config.default_length(task) if given is None else given)
+
+
+def _placed(data: DataFacts, adapter: AttachedAdapter, path: str | None) -> DataFacts:
+    examples = []
+    for example in data.encoded.examples:
+        try:
+            examples.append(adapter.place(example))
+        except OptionError as error:
+            raise DataError(path or data.name, example.line, str(error)) from None
+    return dataclasses.replace(data, encoded=dataclasses.replace(data.encoded, examples=examples))
 
 
 def _check_finite(adapter: AttachedAdapter) -> None:

@@ -27,6 +27,7 @@ FIELDS: FieldTable = {
     "num_ranks": Honoured(1, is_positive_int, prompt.COUNT),
     "prompt_tuning_init_state_dict_path": NoEffect("initialisation"),
     "prompt_tuning_init_task": NoEffect("initialisation"),
+    "task_names": NoEffect("names for people; a request says a task's number"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,14 @@ class Example:
     labels: list[int]
     truncated: bool = False
     """Whether its end was cut off."""
+    task: str | int | None = None
+    """The row's column `task`."""
+    line: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens before the first that is learned: what a server will be asked."""
+        return next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
 
     def feature(self) -> dict[str, Any]:
         """As the Trainer's samplers and the collator take it.
@@ -114,7 +122,7 @@ def encode_each(
             example = Example(example.input_ids[:max_length], example.labels[:max_length], truncated=True)
         if all(label == IGNORED for label in example.labels[1:]):
             raise DataError(path, row.line, f"nothing to learn is left in its {len(example.input_ids)} tokens")
-        found.append(example)
+        found.append(replace(example, task=row.task, line=row.line))
     return found
 
 

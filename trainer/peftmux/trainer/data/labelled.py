@@ -29,6 +29,11 @@ class LabelledExample(Example):
         return {"input_ids": [*self.input_ids, self.input_ids[-1]], "labels": labels, "first_label": first}
 
     @property
+    def prompt(self) -> int:
+        """All of it."""
+        return len(self.input_ids)
+
+    @property
     def learned(self) -> int:
         return sum(label != IGNORED for label in self.labels)
 
@@ -87,7 +92,7 @@ def encode_labelled(
         labels = [IGNORED if word is None else classes[word] for word in words]
         if all(label == IGNORED for label in labels):
             raise DataError(path, row.line, "expected text with tokens to learn from, found none")
-        examples.append(LabelledExample(ids, labels))
+        examples.append(LabelledExample(ids, labels, task=row.task, line=row.line))
     if not examples:
         raise DataError(path, None, f"expected rows of at most {max_length} tokens, found all {dropped} longer")
     return EncodedData(examples, rows[0].format, truncated, dropped)

@@ -36,6 +36,8 @@ class Row:
     line: int
     format: str
     fields: Mapping[str, object]
+    task: str | int | None = None
+    """The column `task`, for methods that learn several at once."""
 
 
 def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
@@ -56,7 +58,7 @@ def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
             rows.append(Row(line, task, _checked_preference(path, line, record, task)))
             continue
         kind = kind or _detect_format(path, line, record, _TASK_FORMATS[task])
-        rows.append(Row(line, kind, _checked(path, line, record, kind)))
+        rows.append(Row(line, kind, _checked(path, line, record, kind), _task_of(record)))
     if not rows:
         raise DataError(path, None, "expected at least one row, found an empty file")
     return rows
@@ -130,6 +132,11 @@ def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> 
         sizes = f"{len(record['tokens'])} and {len(record['labels'])}"  # type: ignore[arg-type]
         raise DataError(path, line, f"expected one label for each of the tokens, found {sizes}")
     return {column: record[column] for column in columns}
+
+
+def _task_of(record: Mapping[str, object]) -> str | int | None:
+    task = record.get("task")
+    return task if isinstance(task, str | int) and not isinstance(task, bool) else None
 
 
 def _check_list(path: Path, line: int, column: str, value: object) -> None:

@@ -21,9 +21,10 @@ from peftmux.trainer.methods.lora import LORA
 from peftmux.trainer.methods.lora_plus import LORA_PLUS
 from peftmux.trainer.methods.loramoe import LORAMOE
 from peftmux.trainer.methods.mixlora import MIXLORA
+from peftmux.trainer.methods.multitask_prompt import MULTITASK_PROMPT
 from peftmux.trainer.methods.p_tuning import P_TUNING
 from peftmux.trainer.methods.pissa import PISSA
-from peftmux.trainer.methods.prefix import PREFIX
+from peftmux.trainer.methods.prefix import P_TUNING_V2, PREFIX
 from peftmux.trainer.methods.prompt import PROMPT
 from peftmux.trainer.methods.rslora import RSLORA
 from peftmux.trainer.methods.shira import SHIRA
@@ -32,7 +33,7 @@ __all__ = ["METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method"
 
 _ALL = (
     *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
-    *(PREFIX, PROMPT, P_TUNING),
+    *(PREFIX, P_TUNING_V2, PROMPT, MULTITASK_PROMPT, P_TUNING),
     *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER, HEAD),
     *(LORAMOE, MIXLORA),
     *(HOULSBY, PFEIFFER, PARALLEL, FUSION),

@@ -26,12 +26,14 @@ class AttachContext:
     """What a method may use to initialise its tensors: the training data, and the base's tokenizer.
 
     tokenize: text -> ids, without special tokens; None where there is no tokenizer. labels: a classifier's names.
+    task: as `RunOptions.task`.
     """
 
     seed: int
     examples: Sequence[Example] = ()
     tokenize: Callable[[str], list[int]] | None = None
     labels: tuple[str, ...] = ()
+    task: str = "generation"
 
 
 class AttachedAdapter:
@@ -43,6 +45,8 @@ class AttachedAdapter:
 
     prefix: PrefixSource | None = None
     virtual: VirtualTokens | None = None
+    places_tokens = False
+    """Its virtual tokens are put into the rows of the data, by `place`."""
     head: nn.Module | None = None
     """A classifier on the final hidden states, whose scores the loss is of."""
 
@@ -127,6 +131,10 @@ class AttachedAdapter:
     def regulariser(self) -> Tensor | None:
         """What the method adds to the loss, a scalar; None: nothing."""
         return None
+
+    def place(self, example: Example) -> Example:
+        """A row of the data with the virtual tokens that this method has in it. OptionError where they do not fit."""
+        return example
 
     def before_step(self, step: int, total: int) -> None:
         """An optimiser step begins. `step` counts from 0, `total` is how many the run has."""

@@ -5,15 +5,22 @@ The encoder is part of a checkpoint and no part of the adapter, whose file holds
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from peftmux.adapters.parts import TokenGroup
+from peftmux.trainer.data import Example
+from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.prompt import PromptAdapter, PromptConfig, initial_rows, prompt_fields
+
+_GROUP = re.compile(r"([1-9]\d{0,5})@(-?\d{1,6})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +31,17 @@ class PTuningConfig(PromptConfig):
     encoder_hidden_size: int | None = field(default=None, metadata={"help": "its width; default: the base's"})
     encoder_num_layers: int = field(default=2, metadata={"help": "of the LSTM"})
     encoder_dropout: float = field(default=0.0, metadata={"help": "between the LSTM's layers"})
+    template: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "where the virtual tokens stand instead of in front: groups COUNT@PLACE, e.g. 3@0 2@-1; 0 is "
+            "before a prompt's first token, -1 after its last"
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.template is not None:  # which says how many there are
+            object.__setattr__(self, "num_virtual_tokens", sum(group.tokens for group in self.groups))
         super().__post_init__()
         for name in ("encoder_hidden_size", "encoder_num_layers"):
             value = getattr(self, name)
@@ -33,6 +49,48 @@ class PTuningConfig(PromptConfig):
                 raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {value}")
         if not 0.0 <= self.encoder_dropout < 1.0:
             raise OptionError("encoder-dropout", f"expected 0 or more and below 1, got {self.encoder_dropout}")
+
+    @property
+    def groups(self) -> tuple[TokenGroup, ...]:
+        return tuple(_group(text) for text in self.template or ())
+
+
+def _group(text: str) -> TokenGroup:
+    match = _GROUP.fullmatch(text)
+    if match is None:
+        raise OptionError("template", f"expected groups COUNT@PLACE, e.g. 3@0 or 2@-1; got {text!r}")
+    return TokenGroup(int(match[1]), int(match[2]))
+
+
+class TemplateAdapter(PromptAdapter):
+    """Virtual tokens in groups before, inside of and after the prompt of each row of the data."""
+
+    places_tokens = True
+    groups: tuple[TokenGroup, ...]
+
+    def _join(self, count: int, vocabulary: int) -> None:
+        self._first = vocabulary
+
+    def place(self, example: Example) -> Example:
+        ids, labels = [], []
+        done = 0
+        for index, new in _inserts(self.groups, example.prompt, self._first):
+            ids += [*example.input_ids[done:index], *new]
+            labels += [*example.labels[done:index], *[IGNORED] * len(new)]
+            done = index
+        return replace(example, input_ids=[*ids, *example.input_ids[done:]], labels=[*labels, *example.labels[done:]])
+
+
+def _inserts(groups: Sequence[TokenGroup], prompt: int, first: int) -> list[tuple[int, list[int]]]:
+    """(place in the prompt, ids) in the order in which they stand; of those that meet, the ones with at >= 0 first."""
+    found = []
+    for group in groups:
+        index = group.at if group.at >= 0 else prompt + 1 + group.at
+        if not 0 <= index <= prompt:
+            raise OptionError("template", f"expected a prompt that reaches {group.at}, got one of {prompt} tokens")
+        found.append((index, group.at < 0, list(range(first, first + group.tokens))))
+        first += group.tokens
+    return [(index, ids) for index, _, ids in sorted(found, key=lambda insert: insert[:2])]
 
 
 class Encoder(nn.Module):
@@ -72,14 +130,21 @@ def _lstm(width: int, hidden: int, config: PTuningConfig) -> nn.LSTM:
 
 def _attach(model: Any, config: PTuningConfig, context: AttachContext) -> AttachedAdapter:
     encoder = Encoder(initial_rows(model, config, context), config, context.seed)
+    groups = config.groups
+    own: dict[str, object] = {"template": [{"tokens": g.tokens, "at": g.at} for g in groups]} if groups else {}
     fields = {
-        **prompt_fields(model, "P_TUNING", config.num_virtual_tokens),
+        **prompt_fields(model, "P_TUNING_TEMPLATE" if groups else "P_TUNING", config.num_virtual_tokens),
+        **own,
         "encoder_reparameterization_type": config.encoder_reparameterization_type,
         "encoder_hidden_size": config.encoder_hidden_size or model.config.get_text_config().hidden_size,
         "encoder_num_layers": config.encoder_num_layers,
         "encoder_dropout": config.encoder_dropout,
     }
-    return PromptAdapter("p-tuning", model, encoder, fields)
+    if not groups:
+        return PromptAdapter("p-tuning", model, encoder, fields)
+    adapter = TemplateAdapter("p-tuning", model, encoder, fields)
+    adapter.groups = groups
+    return adapter
 
 
 P_TUNING = Method(

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from peftmux.adapters.base import KVShape
-from peftmux.adapters.errors import AdapterInvalid
+from peftmux.adapters.errors import AdapterError, AdapterInvalid
+from peftmux.adapters.files import read_adapter
 from peftmux.adapters.methods.prefix import TENSOR, provisioned_shape, split_prefix
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer.errors import OptionError
@@ -29,17 +30,46 @@ from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 class PrefixConfig:
     """Prefix tuning's options."""
 
-    num_virtual_tokens: int = field(default=20, metadata={"help": "length of the prefix"})
+    num_virtual_tokens: int | None = field(default=20, metadata={"help": "length of the prefix"})
     prefix_init: Literal["text", "random"] = field(
         default="text",
         metadata={"help": "start from the keys and values of the training data's first tokens, or random"},
     )
 
     prefix_init_text: str | None = field(default=None, metadata={"help": "start from this text instead of the data"})
+    prefix_init_from: str | None = field(
+        default=None,
+        metadata={"help": "start from the prefix in this folder, trained on other tasks"},
+    )
+    prefix_projection: bool = field(
+        default=False, metadata={"help": "compute it by a perceptron while training, as the paper does"}
+    )
+    encoder_hidden_size: int | None = field(default=None, metadata={"help": "its width; default: the base's"})
 
     def __post_init__(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise OptionError("num-virtual-tokens", f"expected 1 or more, got {self.num_virtual_tokens}")
+        for name in ("num_virtual_tokens", "encoder_hidden_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {value}")
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise OptionError("encoder-hidden-size", "is the projection's: give --prefix-projection")
+        starts = (self.prefix_init_text is not None, self.prefix_init_from is not None, self.prefix_init == "random")
+        if sum(starts) > 1:
+            raise OptionError("prefix-init", "expected one start: a text, a folder or random values")
+
+    @staticmethod
+    def default_length(task: str) -> int:
+        return 100 if task == "token" else 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuningV2Config(PrefixConfig):
+    """P-Tuning v2's: the length goes by the task."""
+
+    num_virtual_tokens: int | None = field(
+        default=None,
+        metadata={"help": "length of the prefix; default: 20, and 100 where every token is labelled (the paper's)"},
+    )
 
 
 class Prefix(nn.Module):
@@ -56,8 +86,12 @@ class Prefix(nn.Module):
     def length(self) -> int:
         return self.embeddings.shape[0]
 
+    def stored(self) -> Tensor:
+        """What the file holds."""
+        return self.embeddings
+
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        prefix = split_prefix(self.embeddings.to(self._dtype), self._shapes, self._widest)
+        prefix = split_prefix(self.stored().to(self._dtype), self._shapes, self._widest)
         return list(zip(prefix.keys, prefix.values, strict=True))
 
     def fields(self) -> dict[str, object]:
@@ -75,6 +109,39 @@ class Prefix(nn.Module):
         }
 
 
+class ProjectedPrefix(Prefix):
+    """A perceptron's answer to trained vectors, added to the keys and values it starts from.
+
+    The paper has no such sum. The last layer starts at zero, so that the prefix starts as real text's, too.
+    """
+
+    start: Tensor
+
+    def __init__(
+        self, embeddings: Tensor, shapes: Sequence[KVShape], dtype: torch.dtype, hidden: int, seed: int
+    ) -> None:
+        super().__init__(embeddings, shapes, dtype)
+        count, width = embeddings.shape
+        del self.embeddings
+        self.register_buffer("start", embeddings.detach().float().clone())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.table = nn.Parameter(torch.randn(count, hidden))
+            self.first = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, width)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.to(embeddings.device)
+
+    @property
+    def length(self) -> int:
+        return self.start.shape[0]
+
+    def stored(self) -> Tensor:
+        changed: Tensor = self.last(self.first(self.table).tanh())
+        return self.start + changed
+
+
 class PrefixAdapter(AttachedAdapter):
     """Nothing at the base's places: all of it comes before the first token."""
 
@@ -88,12 +155,15 @@ class PrefixAdapter(AttachedAdapter):
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        return {TENSOR: self.prefix.embeddings}
+        named = dict(self.prefix.named_parameters())
+        return {TENSOR if name == "embeddings" else f"prefix.{name}": p for name, p in named.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {TENSOR: self.prefix.embeddings.detach().cpu()}
+        return {TENSOR: self.prefix.stored().detach().cpu()}
 
     def sites(self) -> Mapping[str, int]:
+        if isinstance(self.prefix, ProjectedPrefix):
+            return {"prefix projection": sum(p.numel() for p in self.prefix.parameters())}
         return {f"attention layer {i}": self.prefix.embeddings.numel() // self._layers for i in range(self._layers)}
 
     def checkpoint_activations(self) -> bool:
@@ -134,18 +204,38 @@ def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> Attache
     if config.prefix_init == "random":
         generator = torch.Generator().manual_seed(context.seed)
         embeddings = torch.randn(embeddings.shape, generator=generator).to(embeddings.device) * embeddings.std()
+    if config.prefix_init_from is not None:
+        embeddings = _trained_before(config.prefix_init_from, embeddings)
     adapter = PrefixAdapter(model, Prefix(embeddings, shapes, model.dtype), len(shapes))
     try:
         _check_every_layer_reads_it(model, adapter, len(shapes))
     except BaseException:
         adapter.detach()
         raise
-    return adapter
+    if not config.prefix_projection:
+        return adapter
+    adapter.detach()
+    hidden = config.encoder_hidden_size or model.config.get_text_config().hidden_size
+    projected = ProjectedPrefix(embeddings, shapes, model.dtype, hidden, context.seed)
+    return PrefixAdapter(model, projected, len(shapes))
+
+
+def _trained_before(folder: str, like: Tensor) -> Tensor:
+    """The prefix in an adapter's folder. Raises OptionError where it has another shape, or is none."""
+    try:
+        files = read_adapter(folder)
+    except AdapterError as error:
+        raise OptionError("prefix-init-from", f"{folder}: {error}") from None
+    found = files.tensors.get(TENSOR)
+    if files.config.get("peft_type") != "PREFIX_TUNING" or found is None or found.shape != like.shape:
+        got = "no prefix" if found is None else f"{files.config.get('peft_type')} of {list(found.shape)}"
+        raise OptionError("prefix-init-from", f"{folder}: expected a prefix of {list(like.shape)}, got {got}")
+    return found.to(like.device, like.dtype)
 
 
 def _initial_ids(config: PrefixConfig, context: AttachContext, model: Any) -> list[int]:
     """The text or the training data, from the beginning again where it is too short; drawn where there is neither."""
-    n = config.num_virtual_tokens
+    n = config.num_virtual_tokens or config.default_length(context.task)
     if config.prefix_init_text is not None:
         text = context.tokenize(config.prefix_init_text) if context.tokenize else []
         if not text:
@@ -202,4 +292,12 @@ PREFIX = Method(
     config_class=PrefixConfig,
     attach=_attach,
     learning_rate=lambda hidden_size: 3e-2,  # keys and values are near 1 in size whatever the width
+)
+
+P_TUNING_V2 = Method(
+    name="p-tuning-v2",
+    summary="prefixes as P-Tuning v2 has them: for classifiers, of a length that goes by the task",
+    config_class=PTuningV2Config,
+    attach=_attach,
+    learning_rate=PREFIX.learning_rate,
 )

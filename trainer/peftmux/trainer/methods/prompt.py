@@ -85,12 +85,14 @@ class PromptAdapter(AttachedAdapter):
     def __init__(self, kind: str, model: Any, source: nn.Module, fields: Mapping[str, object]) -> None:
         with torch.no_grad():
             count = source().shape[0]
-        table = model.get_input_embeddings()
         self._source = source
-        self.virtual = Leading(count, table.num_embeddings)
-        path = next(name for name, module in model.named_modules() if module is table)
-        changes = {path: VirtualEmbeddings(source, table.num_embeddings)}
-        super().__init__(kind, model, changes, fields, {"virtual tokens": source})
+        self._join(count, model.get_input_embeddings().num_embeddings)
+        path, change = virtual_embeddings(model, source)
+        super().__init__(kind, model, {path: change}, fields, {"virtual tokens": source})
+
+    def _join(self, count: int, vocabulary: int) -> None:
+        """Where the vectors stand."""
+        self.virtual = Leading(count, vocabulary)
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
@@ -98,6 +100,13 @@ class PromptAdapter(AttachedAdapter):
         rows: Tensor = self._source.eval()()
         self._source.train(training)
         return {TENSOR: rows.float().cpu()}
+
+
+def virtual_embeddings(model: Any, source: nn.Module) -> tuple[str, VirtualEmbeddings]:
+    """The input embedding's path, and what is changed there for ids that follow the vocabulary."""
+    table = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is table)
+    return path, VirtualEmbeddings(source, table.num_embeddings)
 
 
 def prompt_fields(model: Any, peft_type: str, count: int) -> dict[str, object]:
@@ -142,7 +151,9 @@ def _initial_ids(config: PromptConfig, context: AttachContext) -> Sequence[int]:
 
 
 def _label_ids(context: AttachContext) -> list[int]:
-    """The tokens that completions consist of, most frequent first: a classifier's label words."""
+    """The tokens of a classifier's label names, or those that completions consist of, most frequent first."""
+    if context.labels:
+        return [i for name in context.labels for i in (context.tokenize(name) if context.tokenize else [])]
     counts: dict[int, int] = {}
     for example in context.examples:
         for label in example.labels:
