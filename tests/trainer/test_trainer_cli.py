@@ -57,7 +57,7 @@ RUN_FLAGS = {
     ),
     *("--attn-implementation", "--early-stopping-patience", "--resume", "--overwrite", "--dry-run"),
     *("--task", "--labels"),
-    *("--packing", "--pack-length", "--sweep", "--publish"),
+    *("--packing", "--pack-length", "--sweep", "--publish", "--ensemble"),
     *("--loss", "--beta", "--desirable-weight", "--undesirable-weight"),
 }
 TRAINING_FLAGS = {

@@ -170,6 +170,36 @@ def test_bad_sweeps_are_refused(sweep: str, message: str, qwen2: Path, few: Path
     assert not (tmp_path / "a").exists()
 
 
+def test_an_ensemble_is_its_members_solo_runs(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    words = ["prompt", "--model", str(qwen2), "--data", str(few), "--max-steps", "4", "--num-virtual-tokens", "3"]
+    words += ["--prompt-init", "vocabulary", "--disable-tqdm", "true"]
+    published = tmp_path / "p"
+    assert (
+        main([*words, "--ensemble", "3", "--seed", "7", "--out", str(tmp_path / "a"), "--publish", str(published)]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "ensemble of 3" in said
+    assert "take the answer that most give" in said
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"0", "1", "2"}
+    assert {path.name for path in published.iterdir()} == {"a-0", "a-1", "a-2"}
+    members = [tensors(tmp_path / "a" / str(i))["adapter_model.safetensors/prompt_embeddings"] for i in range(3)]
+    assert (members[0] - members[1]).abs().max() > 0.01
+    assert main([*words, "--seed", "8", "--out", str(tmp_path / "solo")]) == 0
+    alone = tensors(tmp_path / "solo")["adapter_model.safetensors/prompt_embeddings"]
+    torch.testing.assert_close(members[1], alone, rtol=0, atol=TOLERANCE)
+    assert main([*words, "--ensemble", "2", "--out", str(tmp_path / "a")]) == 1
+    assert main([*words, "--ensemble", "0", "--out", str(tmp_path / "b")]) == 1
+    assert main([*words, "--ensemble", "2", "--sweep", "seed=1,2", "--out", str(tmp_path / "b")]) == 1
+    assert "not with --sweep" in capsys.readouterr().err
+
+
+def test_an_ensemble_is_whole_or_nothing(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    words = ["lora", "--model", str(qwen2), "--data", str(few), "--max-steps", "4", "--out", str(tmp_path / "a")]
+    assert main([*words, "--learning-rate", "1e30", "--max-grad-norm", "0", "--ensemble", "2"]) == 1
+    assert "member 0: the run diverged" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_packing_is_the_same_training_with_less_padding(qwen2: Path, tmp_path: Path):
     """One pack that holds all rows, against one padded batch of all rows."""
     data = write_rows(tmp_path / "rows.jsonl", copy_task(9))

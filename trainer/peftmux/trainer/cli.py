@@ -47,6 +47,7 @@ def _overview(argv: Sequence[str]) -> int:
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
+    from peftmux.trainer.jobs.ensemble import run_ensemble
     from peftmux.trainer.jobs.file import split_options
     from peftmux.trainer.jobs.sweep import run_sweep
     from peftmux.trainer.loop import run_training
@@ -56,6 +57,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
     given = vars(parser.parse_args([*file_arguments(parser, argv, os.environ), *argv]))
     given.pop("config", None)
     spec = split_options(name, get_method(name), given)
+    if spec.options.ensemble:
+        print(run_ensemble(spec, given).table())
+        return 0
     if spec.options.sweep:
         print(run_sweep(spec, given).table())
         return 0

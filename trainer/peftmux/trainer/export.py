@@ -57,12 +57,12 @@ def export_adapter(adapter: AttachedAdapter, base_model: str, folder: str | Path
     )
 
 
-def publish(folder: str | Path, directory: str | Path) -> Path:
-    """Copy a finished adapter into `directory`, under its own last name, so that a watcher sees all of it or nothing.
+def publish(folder: str | Path, directory: str | Path, name: str = "") -> Path:
+    """Copy a finished adapter into `directory`, under `name` or its own last name: a watcher sees all of it or nothing.
 
     An older adapter of that name is replaced. The copy is made beside it, under a name that begins with a dot.
     """
-    source, target = Path(folder), Path(directory) / Path(folder).name
+    source, target = Path(folder), Path(directory) / (name or Path(folder).name)
     target.parent.mkdir(parents=True, exist_ok=True)
     hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

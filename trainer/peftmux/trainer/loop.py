@@ -90,7 +90,7 @@ def prepare(
     base: Callable[[], tuple[Any, Any]],
 ) -> Prepared:
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
-    _check_out(options)
+    check_out(options)
     checked_learning_rate(training.get("learning_rate", 0.0))
     task = options.task if options.loss == NEXT_TOKEN else options.loss
     rows = read_rows(options.data, task)
@@ -153,7 +153,7 @@ def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
     return digest
 
 
-def _check_out(options: RunOptions) -> None:
+def check_out(options: RunOptions) -> None:
     out = Path(options.out)
     if out.is_file():
         raise OptionError("out", f"expected a folder or nothing at {out}, found a file")

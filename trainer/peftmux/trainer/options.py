@@ -73,13 +73,20 @@ class RunOptions:
         default=None,
         metadata={"help": "NAME=V1,V2,...: train one adapter for each value, all at once, and keep the best"},
     )
+    ensemble: int | None = field(
+        default=None,
+        metadata={
+            "help": "train so many adapters at once, from different seeds, whose answers a client puts to a vote; "
+            "--out holds a folder for each"
+        },
+    )
     publish: str | None = field(
         default=None, metadata={"help": "also put the adapter, in one step, into this folder that a server watches"}
     )
     dry_run: bool = field(default=False, metadata={"help": "only print what would be trained"})
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "pack_length", "early_stopping_patience"):
+        for name in ("max_length", "pack_length", "early_stopping_patience", "ensemble"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {value}")
@@ -90,6 +97,8 @@ class RunOptions:
             raise OptionError("loss", f"expected {' or '.join(LOSSES)}, got {self.loss!r}")
         if self.loss != NEXT_TOKEN and self.packing:
             raise OptionError("packing", f"{self.loss} scores whole rows: train without packing")
+        if self.ensemble is not None and (self.sweep is not None or self.dry_run):
+            raise OptionError("ensemble", "trains, and one value of every option: not with --sweep or --dry-run")
         if self.labels is not None and self.task == "generation":
             raise OptionError("labels", "are a classifier's: give --task sequence or --task token")
         if self.loss != NEXT_TOKEN and self.task != "generation":

@@ -1,0 +1,73 @@
+"""`--ensemble N`: N adapters of one configuration from N seeds, all in one batch on one base.
+
+Prompt ensembling (Lester et al., 2021, arXiv 2104.08691, section 6): many prompts on one frozen base. Each member is an
+adapter of its own, saved and served as any other. The vote is the client's: it asks all members the same, which the
+server answers in one batch, and takes the answer that most of them gave. Members differ by their seed: the order of the data, dropout, and the start where it is
+drawn (for prompts `--prompt-init vocabulary` or `random`; `data`, `text` and `labels` start all of them alike).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftmux.trainer.errors import TrainerError
+from peftmux.trainer.export import publish
+from peftmux.trainer.jobs.file import JobSpec, job_spec
+from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.loop import TrainResult, check_out
+
+_SEED = 42
+"""transformers' own default."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnsembleResult:
+    """The members by their folders' names below `out`."""
+
+    members: Mapping[str, TrainResult]
+    out: Path
+
+    def table(self) -> str:
+        lines = [f"{'member':>8} {'train loss':>12} {'eval loss':>12}"]
+        for name, run in self.members.items():
+            held_out = run.metrics.get("eval_loss")
+            shown = "" if held_out is None else f"{held_out:.4f}"
+            lines.append(f"{name:>8} {run.metrics['train_loss']:>12.4f} {shown:>12}")
+        lines.append(f"ensemble of {len(self.members)}: {self.out}")
+        lines.append("each is an adapter of its own: ask all of them the same, and take the answer that most give")
+        return "\n".join(lines)
+
+
+def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
+    """Train all members and leave them in `out`, in folders 0, 1, ...; with --publish as NAME-0, NAME-1, ...
+
+    `given`: the options by name that `spec` was made of. All of them or none: TrainerError where one diverges.
+    """
+    check_out(spec.options)
+    out, count = Path(spec.options.out), spec.options.ensemble or 0
+    seed = int(given.get("seed", _SEED))
+    work = out.parent / f".{out.name}.ensemble"
+    shutil.rmtree(work, ignore_errors=True)
+    plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
+    try:
+        own = [{**plain, "seed": seed + i, "out": str(work / str(i))} for i in range(count)]
+        run = JobRun([job_spec(str(i), spec.method.name, o, "--ensemble") for i, o in enumerate(own)])
+        results = run.run()
+        if run.failed:
+            raise TrainerError("; ".join(f"member {name}: {message}" for name, message in run.failed.items()))
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if spec.options.publish:
+        for i in range(count):
+            publish(out / str(i), spec.options.publish, f"{out.name}-{i}")
+    members = {name: dataclasses.replace(result, out=out / name) for name, result in results.items()}
+    return EnsembleResult({str(i): members[str(i)] for i in range(count)}, out)
