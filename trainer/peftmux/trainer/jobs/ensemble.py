@@ -2,8 +2,9 @@
 
 Prompt ensembling (Lester et al., 2021, arXiv 2104.08691, section 6): many prompts on one frozen base. Each member is an
 adapter of its own, saved and served as any other. The vote is the client's: it asks all members the same, which the
-server answers in one batch, and takes the answer that most of them gave. Members differ by their seed: the order of the data, dropout, and the start where it is
-drawn (for prompts `--prompt-init vocabulary` or `random`; `data`, `text` and `labels` start all of them alike).
+server answers in one batch, and takes the answer that most of them gave. Members differ by their seed: the order of the
+data, dropout, and the start where it is drawn (for prompts `--prompt-init vocabulary` or `random`; `data`, `text` and
+`labels` start all of them alike).
 """
 
 from __future__ import annotations
