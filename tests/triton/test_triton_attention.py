@@ -53,8 +53,11 @@ def run(case: Case, rows: AttentionRows | None = None) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("mix", ["decode", "chunks", "everything", "long"])
+@pytest.mark.parametrize(
+    ("mix", "options"),
+    [(mix, options) for mix in ("decode", "chunks", "everything") for options in OPTIONS]
+    + [("long", options) for options in ("plain", "sinks", "all")],
+)
 def test_every_mix_and_option(mix: str, options: str) -> None:
     case = make_case(SMALL, MIXES[mix], OPTIONS[options], torch.float32)
     check(case, run(case))
@@ -166,8 +169,8 @@ def test_static_rows_hold_one_step_after_the_other() -> None:
     assert static.tiles(9, 16, (8, 8)).table is table
 
 
-def test_a_decode_launch_of_fewer_programs_than_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(SMALL, MIXES["long"], {}, torch.float32)
+def test_a_decode_launch_of_fewer_programs_than_items() -> None:
+    case = make_case(SMALL, [Request(1, 256), Request(1, 700), Request(1, 3)], {}, torch.float32)
     path = TritonAttention("cpu", torch.float32)
     expected = case.run(path)
     path._most = 4
