@@ -62,6 +62,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_moe": _EXPERTS | _HEAD,
     "olmoe": _EXPERTS,
     "gpt_oss": _EXPERTS | _HEAD | _WINDOW | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "olmo": {},
     "olmo2": {},
     "cohere2": _WINDOW,
     "granite": {},

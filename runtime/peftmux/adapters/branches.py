@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from peftmux.adapters.base import ResidualBranch
 
 _TOKENS = 5
-_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 @torch.no_grad()
@@ -56,16 +55,23 @@ def _branches(index: int, own: list[str], calls: _Calls, result: Tensor | None) 
             continue
         for norm, h in norms.items():
             after = [other for other in (*norms.values(), result) if other is not h]
-            if h.shape == y.shape and any(_close(h + y, other) for other in after):
+            if h.shape == y.shape and any(_adds(y, h, other) for other in after):
                 role = "attention" if "Attention" in type(calls.modules[name]).__name__ else "feed_forward"
                 found[name] = ResidualBranch(name, index, role, norm)
                 break
     return found
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = _CLOSE.get(a.dtype, 0.0) * max(1.0, float(b.abs().max()))
-    return a.shape == b.shape and bool((a.float() - b.float()).abs().max() <= tolerance)
+def _adds(y: Tensor, h: Tensor, result: Tensor) -> bool:
+    """Is the result h + y, and would half of one of them have been noticed?"""
+    halves = (h + y / 2, h / 2 + y)
+    return _same_sum(h + y, result) and not any(_same_sum(half, result) for half in halves)
+
+
+def _same_sum(a: Tensor, b: Tensor) -> bool:
+    """To the last place of each number: a sum is rounded once, and what is added may be small beside the rest."""
+    last_place = torch.finfo(a.dtype).eps * b.float().abs()
+    return a.shape == b.shape and bool(((a.float() - b.float()).abs() <= last_place).all())
 
 
 class _Calls:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftmux.kernels.agreement import ROUNDING, agree, example
 from peftmux.kernels.norms.reference import NormPart, apply_norm_part
-
-_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,13 @@ class Formula:
 def formula_of(norm: nn.Module) -> Formula | None:
     """None for a norm that computes something else, or whose parameters are not one weight and perhaps one bias."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.dtype not in _CLOSE:
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.dtype not in ROUNDING:
         return None
     if bias is not None and (bias.shape != weight.shape or bias.dtype is not weight.dtype):
         return None
-    x, trial = _random(weight) + 1, _random(weight)  # a mean that is not zero tells whether the norm centres
+    shape = (3, weight.shape[0])
+    trial = example(weight, shape)
+    x = trial + 1  # a mean that is not zero tells whether the norm centres
     x[1] *= 1e-3  # where eps tells
     part = NormPart(trial[0], None if bias is None else trial[1])
     for name in ("variance_epsilon", "eps", "_eps"):
@@ -47,17 +48,6 @@ def formula_of(norm: nn.Module) -> Formula | None:
         for centred in (False, True):
             for offset in (0.0, 1.0):
                 found = Formula(eps, centred, offset)
-                if _close(apply_norm_part(norm, x, part), found(x, trial[0], part.bias)):
+                if agree(apply_norm_part(norm, x, part), found(x, trial[0], part.bias)):
                     return found
     return None
-
-
-def _random(weight: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype is not b.dtype:
-        return False
-    return bool((a.float() - b.float()).abs().max() <= _CLOSE[a.dtype] * max(1.0, float(a.abs().max())))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftmux.kernels.bottleneck import branch_site
@@ -17,15 +18,15 @@ class BranchForward:
     The stream is what the block's norm reads; it is kept only while an adapter is here.
     """
 
-    def __init__(self, module: nn.Module, norm: nn.Module, step: StepState) -> None:
-        weight = norm.weight
-        assert isinstance(weight, Tensor)
+    def __init__(
+        self, module: nn.Module, norm: nn.Module, step: StepState, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._base: Callable[..., Any] = module.forward
         self._norm_forward: Callable[..., Any] = norm.forward
         self._norm = norm
         self._step = step
         self._stream: Tensor | None = None
-        self.site = branch_site(weight.dtype, weight.device, self._watch)
+        self.site = branch_site(dtype, device, self._watch)
 
     def _watch(self, occupied: bool) -> None:
         """Called between steps."""

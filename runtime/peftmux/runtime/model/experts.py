@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peftmux.adapters.experts import ExpertWeights
+from peftmux.kernels.agreement import agree, example
 from peftmux.kernels.experts import ExpertsSite, Group, RouterPart, routed_weight
 from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.model.step import StepState
 
-_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 _TOKENS = 7
 
 
@@ -160,15 +160,15 @@ def experts_forward(module: nn.Module, weights: ExpertWeights, step: StepState) 
     """The module's stand-in where its experts are reproduced on random input, else None."""
     try:
         forward = ExpertsForward(module, weights, step)
-        x = _random(weights.up_weight, (_TOKENS, weights.up.in_features))
+        x = example(weights.up_weight, (_TOKENS, weights.up.in_features))
         first = torch.arange(_TOKENS, device=x.device)
         experts = torch.stack([first, first + 1], 1) % weights.up.experts
-        shares = _random(weights.up_weight, (_TOKENS, 2)).softmax(-1)
+        shares = example(weights.up_weight, (_TOKENS, 2)).softmax(-1)
         expected = module.forward(x, experts, shares)
         got = forward.compute(x, experts, shares, torch.zeros(_TOKENS, dtype=torch.int64, device=x.device))
     except (RuntimeError, TypeError, AttributeError, IndexError):
         return None
-    return forward if _equal(got, expected) else None
+    return forward if agree(got, expected) else None
 
 
 @torch.inference_mode()
@@ -176,13 +176,13 @@ def router_forward(module: nn.Module, step: StepState) -> RouterForward | None:
     """The router's stand-in where it answers token by token from its weight, else None."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    x = _random(weight, (_TOKENS, weight.shape[1]))
+    x = example(weight, (_TOKENS, weight.shape[1]))
     try:
         whole, part = _tensors(module(x)), _tensors(module(x[2:4]))
         other = _tensors(_with_weight(module, weight.detach().flip(0) + 1)(x))
     except (RuntimeError, TypeError, AttributeError):
         return None
-    by_token = all(w.dim() == 2 and len(w) == _TOKENS and _equal(p, w[2:4]) for w, p in zip(whole, part, strict=True))
+    by_token = all(w.dim() == 2 and len(w) == _TOKENS and agree(p, w[2:4]) for w, p in zip(whole, part, strict=True))
     reads_it = any(not torch.equal(a, b) for a, b in zip(whole, other, strict=True))
     return RouterForward(module, step) if by_token and reads_it else None
 
@@ -200,17 +200,3 @@ def _tensors(out: Any) -> tuple[Tensor, ...]:
     if not found or not all(isinstance(t, Tensor) for t in found):
         raise TypeError(f"expected tensors, got {type(out).__name__}")
     return found
-
-
-def _random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not b.is_floating_point():
-        return torch.equal(a, b)
-    tolerance = _CLOSE.get(b.dtype, 0.0) * max(1.0, float(b.abs().max()))
-    return bool((a.float() - b.float()).abs().max() <= tolerance)

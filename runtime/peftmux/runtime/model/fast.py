@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
+from peftmux.kernels.agreement import agree, example, widened
 from peftmux.kernels.elementwise import ElementwisePath, rms_norm
 from peftmux.runtime.model.mixtures import Mixtures
 from peftmux.runtime.model.sites import SiteGroup, SiteLinear
-
-_CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class FastRMSNorm(nn.Module):
@@ -83,8 +82,8 @@ def is_rms_norm(module: nn.Module) -> bool:
     eps = _eps(module)
     if not named or eps is None or not isinstance(weight, nn.Parameter):
         return False
-    x = _random(weight, (3, weight.shape[0]))
-    return _equal(module(x), rms_norm(x, weight, eps))
+    x = example(weight, (3, weight.shape[0]))
+    return agree(module(x), rms_norm(x, weight, eps))
 
 
 @torch.inference_mode()
@@ -97,15 +96,6 @@ def is_swiglu(module: nn.Module) -> bool:
         return False
     if gate.out_features != up.out_features or down.in_features != up.out_features:
         return False
-    x = _random(gate.weight, (3, gate.in_features))
-    return _equal(module(x), down(silu(gate(x)) * up(x)))
-
-
-def _random(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    tolerance = _CLOSE.get(a.dtype, 0.0) * max(1.0, float(a.abs().max()))
-    return a.shape == b.shape and bool((a.float() - b.float()).abs().max() <= tolerance)
+    x = example(gate.weight, (3, gate.in_features))
+    x = widened(x, linear(x, gate.weight))
+    return agree(module(x), down(silu(gate(x)) * up(x)))

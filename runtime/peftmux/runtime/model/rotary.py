@@ -94,11 +94,20 @@ def _rebound(cls: type[nn.Module], rotation: Rotation) -> FunctionType | None:
     original = getattr(sys.modules[cls.__module__], _ROTATE, None)
     if original is None or not _same_rotation(original) or forward.__closure__:
         return None
-    rebound = FunctionType(
-        forward.__code__, {**forward.__globals__, _ROTATE: rotation}, forward.__name__, forward.__defaults__
-    )
+    names = {**forward.__globals__, _ROTATE: _of_one_dtype(rotation, original)}
+    rebound = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
     rebound.__kwdefaults__ = forward.__kwdefaults__
     return rebound
+
+
+def _of_one_dtype(rotation: Rotation, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Some keep their angles in float32 beside narrower queries: those turn as they did."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> Any:
+        turn = rotation if cos.dtype is q.dtype else original
+        return turn(q, k, cos, sin, *rest, **named)
+
+    return rotate
 
 
 def _same_rotation(original: Callable[..., Any]) -> bool:

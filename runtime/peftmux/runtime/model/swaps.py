@@ -103,7 +103,8 @@ class Swapper:
         """After `run`, which gives the blocks their faster forms."""
         for name, branch in branches.items():
             module = self._model.get_submodule(name)
-            forward = BranchForward(module, self._model.get_submodule(branch.norm), self._step)
+            norm = self._model.get_submodule(branch.norm)
+            forward = BranchForward(module, norm, self._step, self._model.dtype, self._model.device)
             module.forward = forward
             self.places[Bottleneck, name] = self.places[Fusion, name] = forward.site
 
