@@ -203,3 +203,25 @@ def test_activations(activation: str, expected: float) -> None:
     one = torch.eye(1)
     head = Head("token", HeadLayer(one), ("x",), (HeadLayer(one),), activation)
     assert float(apply_head(-one, head)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_token_head_has_a_bias(fixtures: Path, llama: TorchBase, tmp_path: Path) -> None:
+    """transformers' token heads do: without it their numbers would be others."""
+    config = json.loads((fixtures / "peft/llama/lora.token_cls/adapter_config.json").read_text())
+    tensors = load_file(fixtures / "peft/llama/lora.token_cls/adapter_model.safetensors")
+    (bias,) = [name for name in tensors if name.endswith("score.bias")]
+    del tensors[bias]
+    with pytest.raises(AdapterInvalid, match=bias) as refusal:
+        load_adapter(write((config, tensors), tmp_path / "a"), llama)
+    assert refusal.value.reason == Reason.MISSING_TENSOR
+
+
+def test_copies_of_a_heads_bias_say_the_same(fixtures: Path, llama: TorchBase, tmp_path: Path) -> None:
+    """As bias="all" saves them."""
+    config = json.loads((fixtures / "peft/llama/lora.token_cls/adapter_config.json").read_text())
+    tensors = load_file(fixtures / "peft/llama/lora.token_cls/adapter_model.safetensors")
+    (bias,) = [name for name in tensors if name.endswith("score.bias")]
+    copy = bias.replace("score.bias", "score.modules_to_save.bias")
+    load_adapter(write((config, {**tensors, copy: tensors[bias].clone()}), tmp_path / "same"), llama)
+    with pytest.raises(AdapterInvalid, match=copy):
+        load_adapter(write((config, {**tensors, copy: tensors[bias] + 1}), tmp_path / "other"), llama)

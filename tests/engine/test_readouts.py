@@ -50,7 +50,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
         (root / name / "adapter_config.json").write_text(json.dumps({"peft_type": "HEAD", "task_type": task}))
         weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(2)).clamp(-1, 1) * scale
-        save_file({"base_model.model.score.weight": weight}, root / name / "adapter_model.safetensors")
+        tensors = {"base_model.model.score.weight": weight}
+        if task == "TOKEN_CLS":
+            tensors["base_model.model.score.bias"] = torch.zeros(4)
+        save_file(tensors, root / name / "adapter_model.safetensors")
     return root
 
 

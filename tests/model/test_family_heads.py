@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -92,6 +92,13 @@ CLASSIFIERS: dict[str, tuple[str, str, Any]] = {
     "gemma2": ("gemma2", "TOKEN_CLS", lora("TOKEN_CLS", target_modules=["o_proj"])),
     "gpt_neox": ("gpt_neox", "TOKEN_CLS", lora("TOKEN_CLS", target_modules=["query_key_value"])),
     "mistral-prefix": ("mistral", "SEQ_CLS", PrefixTuningConfig(num_virtual_tokens=5, task_type="SEQ_CLS")),
+    "qwen3-prompt": ("qwen3", "SEQ_CLS", PromptTuningConfig(num_virtual_tokens=4, task_type="SEQ_CLS")),
+    "llama-p-tuning": (
+        "llama",
+        "SEQ_CLS",
+        PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=24, task_type="SEQ_CLS"),
+    ),
+    "qwen2-biases": ("qwen2", "TOKEN_CLS", lora("TOKEN_CLS", target_modules=["q_proj"], bias="all")),
     "qwen3-prefix": ("qwen3", "TOKEN_CLS", PrefixTuningConfig(num_virtual_tokens=3, task_type="TOKEN_CLS")),
 }
 

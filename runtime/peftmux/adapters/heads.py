@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel
@@ -41,12 +42,22 @@ class HeadPlan:
     """(weight, bias) tensor names in order; the last is the output."""
     labels: tuple[str, ...]
     activation: str = ""
+    copies: tuple[str, ...] = ()
+    """Tensors that repeat the output's bias."""
+    idle: tuple[str, ...] = ()
+    """Tensors of a head that this one stands in the place of."""
 
     @property
     def tensors(self) -> frozenset[str]:
-        return frozenset(name for layer in self.layers for name in layer if name is not None)
+        own = {name for layer in self.layers for name in layer if name is not None}
+        return frozenset(own.union(self.copies, self.idle))
 
     def build(self, tensors: Mapping[str, Tensor]) -> Head:
+        for copy in self.copies:
+            bias = self.layers[-1][1]
+            assert bias is not None, "only a bias has copies"
+            if not torch.equal(tensors[copy], tensors[bias]):
+                raise AdapterInvalid(Reason.UNUSED_TENSOR, f"expected tensor {copy} to equal {bias}, got other values")
         *hidden, output = [HeadLayer(tensors[w], None if b is None else tensors[b]) for w, b in self.layers]
         return Head(self.kind, output, self.labels, tuple(hidden), self.activation)
 
@@ -72,12 +83,25 @@ def split_head(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Sp
     ledger = Ledger(shapes)
     module = _head_module(shapes, str(task))
     count, _ = ledger.claim(f"{module}.weight", (None, base.state_width))
-    bias = f"{module}.bias" if f"{module}.bias" in ledger else None
-    if bias is not None:
+    bias = f"{module}.bias" if kind == "token" or f"{module}.bias" in ledger else None
+    copies: list[str] = []
+    idle: list[str] = []
+    if bias is not None:  # transformers gives every token head one
         ledger.claim(bias, (count,))
-    plan = HeadPlan(kind, ((f"{module}.weight", bias),), _labels(config, count))
+        copies = _claimed(ledger, f"{module}.modules_to_save.bias", count)  # as bias="all" saves them
+        idle = _claimed(ledger, f"{module}.original_module.bias", count)
+    layers = ((f"{module}.weight", bias),)
+    plan = HeadPlan(kind, layers, _labels(config, count), copies=tuple(copies), idle=tuple(idle))
     rest = {name: shape for name, shape in shapes.items() if name not in plan.tensors}
     return Split(plan, _method_config(config), rest, cast(BaseModel, Backbone(base)))
+
+
+def _claimed(ledger: Ledger, name: str, count: int) -> list[str]:
+    """The tensor, where it is there."""
+    if name not in ledger:
+        return []
+    ledger.claim(name, (count,))
+    return [name]
 
 
 def plan_hub_head(config: Mapping[str, Any], name: str, shapes: Shapes, base: BaseModel) -> HeadPlan:

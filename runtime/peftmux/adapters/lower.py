@@ -90,7 +90,9 @@ def _with_head(plan: Plan, head: HeadPlan) -> Plan:
 
     def build(tensors: Mapping[str, Tensor]) -> Parts:
         rest = {name: tensor for name, tensor in tensors.items() if name not in head.tensors}
-        return dataclasses.replace(plan.build(rest), head=head.build(tensors))
+        parts = plan.build(rest)
+        own = dataclasses.replace(head.build(tensors), reads_padding=parts.virtual is not None)
+        return dataclasses.replace(parts, head=own)
 
     return dataclasses.replace(plan, build=build)
 

@@ -38,7 +38,7 @@ class HeadLayer:
 class Head:
     """A head with C labels on states of width D.
 
-    A "sequence" head reads the last token of a prompt that is no padding, a "token" head every token.
+    A "sequence" head reads the last token of a prompt that is no padding (see `reads_padding`), a "token" head all.
     """
 
     kind: Literal["sequence", "token"]
@@ -49,6 +49,9 @@ class Head:
     hidden: tuple[HeadLayer, ...] = ()
     activation: str = ""
     """After each hidden layer; a key of ACTIVATIONS."""
+    reads_padding: bool = False
+    """A "sequence" head reads the last token, padding or not: where ids are fed as embeddings, as virtual tokens are,
+    transformers does not see which are padding."""
 
 
 def apply_head(states: Tensor, head: Head) -> Tensor:

@@ -268,7 +268,8 @@ class LocalEngine:
         if reads is not None:
             readout.check_room(len(tokens), virtual, context, capacity)
             if reads is Readout.SEQUENCE:
-                tokens = readout.classified_part(request.prompt, self._pad)
+                pad = None if placed.reads_padding else self._pad
+                tokens = readout.classified_part(request.prompt, pad)
                 request = replace(request, prompt=tokens)
             tokens = without_trailing(tokens)
             return ActiveRequest(

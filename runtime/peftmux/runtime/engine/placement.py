@@ -66,6 +66,8 @@ class Placed:
     """What its head reads; None for an adapter without one, which generates."""
     labels: tuple[str, ...] = ()
     """Of its head."""
+    reads_padding: bool = False
+    """Its head does: see `kernels.head.Head`."""
     tasks: int = 0
     """Of a multi-task adapter; 0 for any other."""
     images: ImageRule | None = None
@@ -230,6 +232,7 @@ class DevicePlacement:
             sites=tuple(site for site, _ in adapter.sites),
             readout=None if head is None else _READOUTS[head.kind],
             labels=() if head is None else head.labels,
+            reads_padding=head is not None and head.reads_padding,
             tasks=parts.virtual.tasks if parts.virtual else 0,
             images=_image_rule(adapter.lowered),
             template=parts.template,
