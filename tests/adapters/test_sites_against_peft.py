@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.lower import load_adapter
@@ -127,3 +128,26 @@ def test_methods_beyond_the_mission_are_refused_by_name(config, named, tmp_path)
     with pytest.raises(AdapterInvalid, match=named) as refusal:
         load_adapter(tmp_path, TorchBase(make_model("llama")))
     assert refusal.value.reason == "UNSUPPORTED_METHOD"
+
+
+HEAD_CONFIGS = {
+    "ia3": lambda names: task(peft.IA3Config, target_modules=names, feedforward_modules=[]),
+    "adalora": lambda names: task(peft.AdaLoraConfig, target_modules=names, init_r=3, target_r=2, total_step=9),
+    "vera": lambda names: task(peft.VeraConfig, target_modules=["lm_head"], r=3),
+    "shira": lambda names: task(peft.ShiraConfig, target_modules=names, r=2),
+    "loha": lambda names: task(peft.LoHaConfig, target_modules=names, r=2),
+    "lokr": lambda names: task(peft.LoKrConfig, target_modules=names, r=2),
+}
+
+
+@pytest.mark.parametrize("method", HEAD_CONFIGS)
+def test_the_output_projection(method, tmp_path, adapted_logits):
+    """PEFT saves a copy of the base's weight beside it, which must be the base's."""
+    save("llama", HEAD_CONFIGS[method](["q_proj", "lm_head"]), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (copy,) = [name for name in tensors if name.endswith("lm_head.base_layer.weight")]
+    check("llama", tmp_path, adapted_logits)
+    save_file({**tensors, copy: tensors[copy] + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterInvalid, match="lm_head") as refusal:
+        load_adapter(tmp_path, TorchBase(make_model("llama")))
+    assert refusal.value.reason == "BASE_WEIGHT_DIFFERS"

@@ -224,6 +224,7 @@ async def test_options_and_families(case: str, tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "a torn classifier": ("MISSING_TENSOR", "layers.0.weight", {}, "classifier.layers.0."),
     "no experts": ("MISSING_TENSOR", "peftmux adapters convert", {}, ".lora_"),
+    "an expert without tensors": ("MISSING_TENSOR", "none of expert 1", {}, ".experts.1."),
     "half an expert": ("MISSING_TENSOR", "lora_B", {}, "q_proj.experts.1.lora_B"),
     "a first pass with the experts": ("UNSUPPORTED_FIELD", "scaling_pass_value", {"scaling_pass_value": 0.5}, "-"),
     "another width": ("SHAPE_MISMATCH", "hidden_size", {"hidden_size": 64}, "-"),

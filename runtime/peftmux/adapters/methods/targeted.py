@@ -14,6 +14,7 @@ from peftmux.adapters.config import COMMON, FieldTable, read_fields
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.methods import replaced
 from peftmux.adapters.methods.ledger import PREFIX, Ledger
+from peftmux.adapters.methods.lora_linear import check_copy, claim_copy
 from peftmux.adapters.methods.registry import Parts, Plan, Shapes
 from peftmux.adapters.parts import Part
 from peftmux.adapters.patterns import PatternMatcher
@@ -31,6 +32,8 @@ class Targeted:
     matcher: PatternMatcher
     base: BaseModel
     whole: Mapping[str, replaced.Replacement]
+    copies: Mapping[str, str]
+    """Layer -> the copy of its weight that PEFT saves beside an adapter of the vocabulary."""
 
     def stem(self, site: LinearSite, *suffixes: str) -> list[str]:
         """The names of a layer's tensors."""
@@ -42,6 +45,8 @@ class Targeted:
         whole, base = self.whole, self.base
 
         def build_all(tensors: Mapping[str, Tensor]) -> Parts:
+            for site, copy in self.copies.items():
+                check_copy(site, tensors[copy], base.weight(site))
             parts = build(tensors)
             others: dict[str, tuple[Part, ...]] = replaced.build_replaced(whole, tensors, base)
             return Parts(parts.linear, {**others, **parts.others})
@@ -64,7 +69,10 @@ def read_targeted(
         raise AdapterInvalid(
             Reason.INVALID_FIELD, f"field target_modules: expected no module that is replaced as well, got {both[0]}"
         )
-    return Targeted(fields, tuple(base.linear_sites[n] for n in names), ledger, matcher, base, whole)
+    sites = tuple(base.linear_sites[n] for n in names)
+    shapes_of = {s.name: (s.out_features, s.in_features) for s in sites}
+    copies = {site: copy for site, shape in shapes_of.items() if (copy := claim_copy(ledger, PREFIX + site, shape))}
+    return Targeted(fields, sites, ledger, matcher, base, whole, copies)
 
 
 def modules_of(ledger: Ledger, suffixes: Sequence[str], base: BaseModel) -> set[str]:

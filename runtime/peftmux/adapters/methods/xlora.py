@@ -80,6 +80,7 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
             "with `peftmux adapters convert`",
         )
     ledger.close()
+    _check_experts(sites, experts)
     rule = ShareRule(
         len(sites),
         experts,
@@ -163,6 +164,15 @@ def _plan_site(name: str, experts: int, ledger: Ledger, base: BaseModel) -> _Sit
         pairs.append((a, b))
         ranks.append(rank)
     return _SitePlan(tuple(pairs), tuple(ranks))
+
+
+def _check_experts(sites: Mapping[str, _SitePlan], experts: int) -> None:
+    """An expert may leave sites alone, not all of them."""
+    for expert in range(experts):
+        if not any(site.ranks[expert] for site in sites.values()):
+            raise AdapterInvalid(
+                Reason.MISSING_TENSOR, f"expected tensors of each of the {experts} experts, got none of expert {expert}"
+            )
 
 
 def _plan_classifier(fields: Mapping[str, Any], experts: int, sites: int, ledger: Ledger) -> list[tuple[str, str]]:
