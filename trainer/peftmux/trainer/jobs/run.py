@@ -28,6 +28,8 @@ class JobRun:
     specs: Sequence[JobSpec]
     more: Callable[[], Sequence[JobSpec]] = lambda: ()
     """Asked between rounds for jobs that join."""
+    together: Callable[[Any, int], Together] = Together
+    """What runs their rounds, of the model and the padding's id."""
     results: dict[str, TrainResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     _prepared: dict[str, Prepared] = field(default_factory=dict)
@@ -38,7 +40,7 @@ class JobRun:
         jobs = [self._start(spec, model, tokenizer) for spec in self.specs]
         pad_id = next(iter(self._prepared.values())).tokenizer.pad_token_id or 0
         with _Progress(jobs) as progress:
-            together = Together(model, pad_id)
+            together = self.together(model, pad_id)
             together.jobs = list(jobs)
             while together.jobs:
                 together.round()

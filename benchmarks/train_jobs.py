@@ -1,0 +1,77 @@
+"""LoRA jobs in one batch against the same jobs one after another: seconds of training rounds alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_inputs import Size
+from peftmux.trainer.jobs.file import JobSpec, job_spec
+from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.jobs.together import Together
+
+
+class Timed(Together):
+    """Counts its rounds' seconds after the first round."""
+
+    seconds = 0.0
+    rounds = 0
+
+    def round(self) -> None:
+        started = time.perf_counter()
+        super().round()
+        self.seconds += (time.perf_counter() - started) if self.rounds else 0.0
+        self.rounds += 1
+
+
+def compare_jobs(folder: Path, size: Size, rows: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Loading, attaching and writing are left out: one after another they would cost the base's loading each time."""
+    specs = job_specs(folder, size, rows, tokens)
+    seconds(specs[:1])
+    together, apart = [], []
+    for number in range(rounds):
+        for at_once in (True, False) if number % 2 == 0 else (False, True):
+            if at_once:
+                together.append(seconds(specs))
+            else:
+                apart.append(sum(seconds([one]) for one in specs))
+    return {
+        "jobs": len(specs),
+        "rows": rows,
+        "tokens": tokens,
+        "steps": size.job_steps(rows, tokens),
+        "together_seconds": together,
+        "in_sequence_seconds": apart,
+        "speed_ratio": statistics.median(b / a for a, b in zip(together, apart, strict=True)),
+    }
+
+
+def seconds(specs: Sequence[JobSpec]) -> float:
+    made: list[Timed] = []
+
+    def timed(model: Any, pad_id: int) -> Timed:
+        made.append(Timed(model, pad_id))
+        return made[-1]
+
+    run = JobRun(specs, together=timed)
+    run.run()
+    assert not run.failed
+    return made[0].seconds
+
+
+def job_specs(folder: Path, size: Size, rows: int, tokens: int) -> list[JobSpec]:
+    common = {
+        "model": str(folder / "base"),
+        "data": str(folder / f"jobs-{rows}x{tokens}.jsonl"),
+        "overwrite": True,
+        "max_steps": size.job_steps(rows, tokens),
+        "per_device_train_batch_size": rows,
+        "disable_tqdm": True,
+    }
+    return [
+        job_spec(f"j{i}", "lora", {**common, "seed": i, "out": str(folder / "jobs" / f"j{i}")}, "benchmark")
+        for i in range(size.job_count)
+    ]
