@@ -74,15 +74,15 @@ FIELDS: FieldTable = {
 def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
     """Check the config and every tensor's name and shape against the base."""
     fields = read_fields(config, FIELDS)
-    _check_base(fields, base)
+    check_base(fields, base)
     ledger = Ledger(shapes)
-    pairs = {site: _claim_pair(site, fields["r"], ledger, base) for site in _sites(fields, base)}
+    pairs = {site: _claim_pair(site, fields["r"], ledger, base) for site in adapted_sites(fields, base)}
     names = _claim_vision(fields, ledger, base)
     ledger.close()
 
     def build(tensors: Mapping[str, Tensor]) -> Parts:
         linear = {site: LinearPart(tensors[a], tensors[b]) for site, (a, b) in pairs.items()}
-        return Parts(linear, {IMAGES: (_build_vision(fields, names, tensors),)})
+        return Parts(linear, {IMAGES: (vision_part(fields, {short: tensors[name] for short, name in names.items()}),)})
 
     return Plan("vora", build)
 
@@ -91,7 +91,8 @@ def kinds(base: BaseModel) -> tuple[str, ...]:
     return ("vora",) if base.embedding and not base.windowed else ()
 
 
-def _check_base(fields: Mapping[str, Any], base: BaseModel) -> None:
+def check_base(fields: Mapping[str, Any], base: BaseModel) -> None:
+    """Raises AdapterInvalid where images cannot be served as `fields` say."""
     if not base.embedding:
         raise AdapterInvalid(
             Reason.UNSUPPORTED_SITE,
@@ -104,7 +105,8 @@ def _check_base(fields: Mapping[str, Any], base: BaseModel) -> None:
         )
 
 
-def _sites(fields: Mapping[str, Any], base: BaseModel) -> list[str]:
+def adapted_sites(fields: Mapping[str, Any], base: BaseModel) -> list[str]:
+    """The linear layers that have a pair. Raises AdapterInvalid where `target_modules` matches none."""
     matcher = PatternMatcher()
     wanted: dict[str, Any] = dict.fromkeys(targets.FIELDS) | {"target_modules": fields["target_modules"]}
     found = targets.target_sites(wanted, (), base, matcher)
@@ -119,37 +121,43 @@ def _claim_pair(site: str, rank: int, ledger: Ledger, base: BaseModel) -> tuple[
     return a, b
 
 
-def _claim_vision(fields: Mapping[str, Any], ledger: Ledger, base: BaseModel) -> dict[str, str]:
+def vision_shapes(fields: Mapping[str, Any], hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Of the patch embedding's tensors, by their names after `VISION`."""
     width, size = fields["vision_embedding_intermediate_size"], fields["patch_size"]
     side = fields["image_size"] // size
-    expected: dict[str, tuple[int | None, ...]] = {
+    return {
         "patchifier.proj.weight": (width, 3, size, size),
         "patchifier.proj.bias": (width,),
         "patchifier.norm.weight": (width,),
         "pos_embed": (1, side * side, width),
-        "out_proj.weight": (base.embedding_weight().shape[1], width),
+        "out_proj.weight": (hidden_size, width),
     }
-    for name, shape in expected.items():
-        ledger.claim(VISION + name, shape)
-    return {name: VISION + name for name in expected}
 
 
-def _build_vision(fields: Mapping[str, Any], names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> VisionPart:
-    patch, bias, norm, positions, out = (tensors[name] for name in names.values())
+def vision_part(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> VisionPart:
+    """fields: every one of `FIELDS`. tensors: by the names of `vision_shapes`; the part is differentiable in them."""
+    positions = tensors["pos_embed"]
     assert isqrt(positions.shape[1]) ** 2 == positions.shape[1]
     return VisionPart(
-        patch=patch.flatten(1),
-        patch_bias=bias,
-        norm=norm,
+        patch=tensors["patchifier.proj.weight"].flatten(1),
+        patch_bias=tensors["patchifier.proj.bias"],
+        norm=tensors["patchifier.norm.weight"],
         eps=fields["rms_norm_eps"],
         positions=positions[0],
-        out=out,
+        out=tensors["out_proj.weight"],
         patch_size=fields["patch_size"],
         image_size=fields["image_size"] // fields["patch_size"] * fields["patch_size"],
         mean=tuple(fields["image_mean"]),
         std=tuple(fields["image_std"]),
         bidirectional=fields["vision_attention_mask"] == "bidirectional",
     )
+
+
+def _claim_vision(fields: Mapping[str, Any], ledger: Ledger, base: BaseModel) -> dict[str, str]:
+    shapes = vision_shapes(fields, base.embedding_weight().shape[1])
+    for name, shape in shapes.items():
+        ledger.claim(VISION + name, shape)
+    return {name: VISION + name for name in shapes}
 
 
 METHOD = Method("VORA", plan, kinds)

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from peftmux.adapters.images import MAX_IMAGES, ImageInvalid, ImageRule, cut_patches, decode_image
 from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.model.images import patches
 from peftmux.runtime.params import Image, ImagePatches
 from peftmux.runtime.scheduler.plan import ImageSpan
 
-MAX_IMAGES = 64
-MAX_PIXELS = 1 << 26
-"""Of an encoded image, before it is made smaller."""
 PSEUDO_ID = -1
 """Stands for every token of an image."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRule:
-    """What an adapter makes of images."""
-
-    patch_size: int
-    image_size: int
-    """Height and width of what an encoded image becomes."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    both_ways: bool
 
 
 def decode_images(images: Sequence[Image], rule: ImageRule) -> tuple[Image, ...]:
@@ -76,17 +57,9 @@ def images_digest(spans: Sequence[ImageSpan]) -> bytes:
     return digest.digest()
 
 
-def cut(pixels: Tensor, patch_size: int) -> ImagePatches:
-    """pixels: [3, rows * p, columns * p] -> its patches."""
-    _, height, width = pixels.shape
-    rows, columns = height // patch_size, width // patch_size
-    grid = pixels.view(3, rows, patch_size, columns, patch_size).permute(1, 3, 0, 2, 4)
-    return ImagePatches(rows, columns, grid.contiguous().float().numpy().tobytes())
-
-
 def _patches(content: ImagePatches | bytes, rule: ImageRule, field: str) -> ImagePatches:
     if isinstance(content, bytes):
-        return cut(_decode(content, rule, f"{field}.encoded"), rule.patch_size)
+        return _decoded(content, rule, f"{field}.encoded")
     field = f"{field}.patches"
     if content.rows < 1 or content.columns < 1:
         raise InvalidRequest(field, f"expected at least 1 row and column, got {content.rows} and {content.columns}")
@@ -102,25 +75,9 @@ def _patches(content: ImagePatches | bytes, rule: ImageRule, field: str) -> Imag
     return content
 
 
-def _decode(data: bytes, rule: ImageRule, field: str) -> Tensor:
-    """[3, S, S] float32: on a black square, made S wide by bicubic interpolation, then (value / 255 - mean) / std."""
+def _decoded(data: bytes, rule: ImageRule, field: str) -> ImagePatches:
     try:
-        import PIL.Image
-    except ImportError:
-        raise InvalidRequest(field, "expected patches: this server has no Pillow to decode images with") from None
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise InvalidRequest(field, f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise InvalidRequest(field, f"expected an image file such as PNG or JPEG, got: {error}") from None
-    side = max(width, height)
-    square = PIL.Image.new("RGB", (side, side))
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    small = square.resize((rule.image_size, rule.image_size), PIL.Image.Resampling.BICUBIC)
-    values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(rule.image_size, rule.image_size, 3)
-    mean, std = (torch.tensor(v, dtype=torch.float32) for v in (rule.mean, rule.std))
-    pixels = ((values.float() / 255 - mean) / std).permute(2, 0, 1)
-    return pixels.contiguous()
+        rows, columns, grid = cut_patches(decode_image(data, rule), rule.patch_size)
+    except ImageInvalid as error:
+        raise InvalidRequest(field, str(error)) from None
+    return ImagePatches(rows, columns, grid.numpy().tobytes())

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from peftmux.adapters.compose import obstacle
 from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.images import ImageRule
 from peftmux.adapters.parts import IMAGES, KVPrefix, LoweredAdapter, TokenGroup, VisionPart
 from peftmux.kernels.tree import mapped
-from peftmux.runtime.engine.images import ImageRule
 from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import block_bytes
@@ -178,7 +178,7 @@ def _salt(model: LoadedModel, lowered: LoweredAdapter, caches: Sequence[SideCach
 def _image_rule(lowered: LoweredAdapter) -> ImageRule | None:
     for part in lowered.parts.others.get(IMAGES, ()):
         if isinstance(part, VisionPart):
-            return ImageRule(part.patch_size, part.image_size, part.mean, part.std, part.bidirectional)
+            return ImageRule.of(part)
     return None
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from peftmux.adapters.images import MARKER
 from peftmux.runtime.params import Image, ImagePatches
 from peftmux.runtime.server.errors import InvalidFields
 from peftmux.v1 import inference_pb2
-
-MARKER = "<image>"
 
 
 def named_positions(message: inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest) -> bool:
