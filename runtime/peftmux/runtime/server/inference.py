@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Se
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, cast
 
+from peftmux.adapters.images import MARKER
 from peftmux.runtime.engine.api import AsyncEngine, ClassificationRequest, Delta, EmbeddingRequest, GenerationRequest
 from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.params import Image
@@ -115,10 +116,10 @@ class InferenceService:
             return await self._prompt(message), images.images_at(message, [i.position for i in message.images])
         pieces: Sequence[Sequence[int]] = [tuple(message.token_ids.ids)]
         if message.WhichOneof("input") == "text":
-            pieces = await asyncio.to_thread(self._engine.encode_around, message.text, images.MARKER)
+            pieces = await asyncio.to_thread(self._engine.encode_around, message.text, MARKER)
         elif message.WhichOneof("input") == "chat":
             turns = [(turn.role, turn.content) for turn in message.chat.messages]
-            pieces = await asyncio.to_thread(self._engine.encode_around, turns, images.MARKER)
+            pieces = await asyncio.to_thread(self._engine.encode_around, turns, MARKER)
         prompt, positions = images.marked_positions(pieces, len(message.images))
         return prompt, images.images_at(message, positions)
 
