@@ -30,7 +30,7 @@ BN: dict[str, Any] = {
     "ln_before": False,
     "ln_after": False,
     "non_linearity": "relu",
-    "reduction_factor": 8,
+    "reduction_factor": 6,
     "scaling": 1.0,
     "leave_out": [],
     "use_gating": False,

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.runtime.engine.local import LocalEngine
+from tests.adapters.test_hub_refusals import BOTTLENECK, FUSED
+from tests.adapters.test_hub_refusals import LORA as HUB_LORA
 from tests.adapters.test_ladder_refusals import LADDER, save_ladder
 from tests.adapters.test_refusals import LORA, PREFIX
 from tests.adapters.test_vocabulary_refusals import ALL
@@ -89,6 +91,8 @@ def corpus(root: Path) -> Iterator[str]:
     made = [(folder, DAMAGES[damage]) for folder in folders.values() for damage in DAMAGES]
     known: dict[Path, dict[str, Any]] = {FIXTURES / "peft/llama" / name: cases for name, cases in ALL.items()}
     known |= {FIXTURES / "peft/llama/lora": dict(LORA), FIXTURES / "peft/llama/prefix": dict(PREFIX)}
+    hub = {"lora": HUB_LORA, "pfeiffer_seq_bn": BOTTLENECK, "fusion": FUSED}
+    known |= {FIXTURES / "adapterhub/llama" / name: dict(cases) for name, cases in hub.items()}
     known[folders["ladder"]] = dict(LADDER)
     made += [(folder, cases[case][2]) for folder, cases in known.items() for case in cases]
     for index, (source, damage) in enumerate(made):

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.files import CONFIG_FILE
+from peftmux.adapters.hub_fields import HEAD_CONFIG, INTERFACE
 
 ADAPTER = "pytorch_adapter.bin"
 _PARTS = {
     ADAPTER: (CONFIG_FILE, "adapter.safetensors"),
-    "pytorch_model_head.bin": ("head_config.json", "model_head.safetensors"),
+    "pytorch_model_head.bin": (HEAD_CONFIG, "model_head.safetensors"),
 }
 """Pickle -> (its config, what its tensors are written to)."""
 
@@ -30,4 +31,6 @@ def gather_hub(source: Path, unpickle: Callable[[Path], Mapping[str, Tensor]]) -
         files[config] = (source / config).read_bytes()
         own = {name: tensor.detach().contiguous().clone() for name, tensor in unpickle(source / pickled).items()}
         files[tensors] = save(own, metadata={"format": "pt"})
+    if (source / INTERFACE).is_file():
+        files[INTERFACE] = (source / INTERFACE).read_bytes()
     return files

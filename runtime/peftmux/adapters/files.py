@@ -100,7 +100,7 @@ class FolderReader:
 
     def config(self, name: str) -> tuple[OpenFile, dict[str, Any]]:
         file = _open(self._stack, self._folder, name, self._inside)
-        return file, parse_config(_read_all(file))
+        return file, parse_config(_read_all(file), name)
 
     def member(self, prefix: str, config_file: OpenFile, tensor_name: str) -> _Member:
         tensor_file = _open(self._stack, self._folder, tensor_name, self._inside)
@@ -145,21 +145,19 @@ def open_adapter(
             yield OpenAdapter(config, (reader.member("", config_file, TENSOR_FILE),))
 
 
-def parse_config(raw: bytes) -> dict[str, Any]:
-    """The fields of an adapter_config.json. Raises AdapterInvalid(MALFORMED_CONFIG)."""
+def parse_config(raw: bytes, file: str = CONFIG_FILE) -> dict[str, Any]:
+    """The fields of a config. `file` is for messages. Raises AdapterInvalid(MALFORMED_CONFIG)."""
     if count_containers(raw) > MAX_CONFIG_CONTAINERS:
-        raise AdapterInvalid(
-            Reason.MALFORMED_CONFIG, f"{CONFIG_FILE}: expected at most {MAX_CONFIG_CONTAINERS} brackets"
-        )
+        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{file}: expected at most {MAX_CONFIG_CONTAINERS} brackets")
     try:
         config = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{CONFIG_FILE} is not valid JSON ({error})") from None
+        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{file} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         got = type(config).__name__
-        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{CONFIG_FILE}: expected an object, got {got}")
+        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{file}: expected an object, got {got}")
     if _deeper_than(config, MAX_CONFIG_DEPTH):
-        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{CONFIG_FILE}: expected at most {MAX_CONFIG_DEPTH} levels")
+        raise AdapterInvalid(Reason.MALFORMED_CONFIG, f"{file}: expected at most {MAX_CONFIG_DEPTH} levels")
     return config
 
 

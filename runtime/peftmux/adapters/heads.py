@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel
-from peftmux.adapters.config import is_unset, show
+from peftmux.adapters.config import FieldTable, Honoured, NoEffect, is_unset, show
 from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.hub_fields import HEAD_CONFIG, is_flag, read_exact
 from peftmux.adapters.methods.ledger import Ledger
 from peftmux.adapters.methods.registry import Shapes
 from peftmux.kernels.head import ACTIVATIONS, Head, HeadLayer
@@ -110,14 +111,13 @@ def plan_hub_head(config: Mapping[str, Any], name: str, shapes: Shapes, base: Ba
     shapes: of model_head.safetensors; every tensor of it must be the head's. Raises AdapterInvalid.
     """
     _check_base(base)
-    kind = _hub_field(config, "head_type", lambda v: v in _HUB_KINDS, f"one of {', '.join(_HUB_KINDS)}")
-    count = _hub_field(config, "num_labels", _is_count, "a positive integer")
-    depth = _hub_field(config, "layers", _is_count, "a positive integer")
-    activation = str(config.get("activation_function") or "").lower() if depth > 1 else ""
+    fields = read_exact(config, _HUB_FIELDS, HEAD_CONFIG)
+    kind, count, depth = (_given(fields, name) for name in ("head_type", "num_labels", "layers"))
+    activation = (fields["activation_function"] or "").lower() if depth > 1 else ""
     if activation not in ACTIVATIONS:
         _refuse_hub("activation_function", f"one of {', '.join(filter(None, ACTIVATIONS))}", activation)
-    if config.get("use_pooler"):
-        _refuse_hub("use_pooler", "false (a decoder has no pooler)", config["use_pooler"])
+    if fields["use_pooler"]:
+        _refuse_hub("use_pooler", "false (a decoder has no pooler)", True)
     ledger, width = Ledger(shapes), base.state_width
     layers: list[tuple[str, str | None]] = []
     position = 1  # every layer stands after a dropout, and a hidden one before its activation
@@ -125,13 +125,13 @@ def plan_hub_head(config: Mapping[str, Any], name: str, shapes: Shapes, base: Ba
         last = index == depth - 1
         weight, bias = f"heads.{name}.{position}.weight", f"heads.{name}.{position}.bias"
         ledger.claim(weight, (count if last else width, width))
-        has_bias = not last or config.get("bias", True) is not False
+        has_bias = not last or fields["bias"]
         if has_bias:
             ledger.claim(bias, (count if last else width,))
         layers.append((weight, bias if has_bias else None))
         position += 3 if activation else 2
     ledger.close()
-    return HeadPlan(_HUB_KINDS[kind], tuple(layers), _labels({"label2id": config.get("label2id")}, count), activation)
+    return HeadPlan(_HUB_KINDS[kind], tuple(layers), _labels({"label2id": fields["label2id"]}, count), activation)
 
 
 class Backbone:
@@ -217,11 +217,27 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 20
 
 
-def _hub_field(config: Mapping[str, Any], field: str, accepts: Any, expected: str) -> Any:
-    value = config.get(field)
-    if not isinstance(value, str | int) or not accepts(value):
-        _refuse_hub(field, expected, value)
-    return value
+_HUB_FIELDS: FieldTable = {
+    "head_type": Honoured(
+        None,
+        lambda v: isinstance(v, str) and v in _HUB_KINDS,
+        f"one of {', '.join(_HUB_KINDS)}",
+        Reason.UNSUPPORTED_FIELD,
+    ),
+    "num_labels": Honoured(None, _is_count, "a positive integer", Reason.UNSUPPORTED_FIELD),
+    "layers": Honoured(None, _is_count, "a positive integer", Reason.UNSUPPORTED_FIELD),
+    "activation_function": Honoured(None, lambda v: v is None or isinstance(v, str), "a name or null"),
+    "use_pooler": Honoured(False, is_flag, "true or false"),
+    "bias": Honoured(True, is_flag, "true or false"),
+    "label2id": Honoured(None, lambda v: v is None or isinstance(v, dict), "an object or null"),
+    "dropout_prob": NoEffect("training only"),
+}
+
+
+def _given(fields: Mapping[str, Any], name: str) -> Any:
+    if fields[name] is None:
+        _refuse_hub(name, _HUB_FIELDS[name].expected, None)  # type: ignore[union-attr]
+    return fields[name]
 
 
 def _refuse_hub(field: str, expected: str, got: Any) -> None:

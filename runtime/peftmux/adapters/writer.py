@@ -15,6 +15,8 @@ from torch import Tensor
 
 from peftmux.adapters.digest import adapter_digest
 from peftmux.adapters.files import CONFIG_FILE, TENSOR_FILE
+from peftmux.adapters.hub import CONFIGS, TENSORS
+from peftmux.adapters.hub_fields import INTERFACE
 
 
 def write_adapter(
@@ -26,8 +28,8 @@ def write_adapter(
 ) -> str:
     """Write PEFT's two files (and `extra_files`, by plain name) and return the content's digest.
 
-    A new or empty `folder` appears in one rename. One that holds files keeps those that are not named here; its
-    config is taken away first and put back last, so a reader finds the old adapter, none, or the new one.
+    A new or empty `folder` appears in one rename. One that holds files keeps those that are no adapter's; its config
+    is taken away first and put back last, so a reader finds the old adapter, none, or the new one.
     """
     plain = {name: _plain(value) for name, value in config.items()}
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -38,8 +40,8 @@ def write_adapter(
     return adapter_digest(plain, stored)
 
 
-DECIDING = (CONFIG_FILE, "adapter_fusion_config.json", "head_config.json")
-"""Files that say how a folder is read: of the adapter that is replaced none may stay."""
+_OLD = (*CONFIGS, INTERFACE, *TENSORS, TENSOR_FILE)
+"""Of the adapter that is replaced none may stay, in the order in which they go: first what says how it is read."""
 
 
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
@@ -54,7 +56,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
             _write_durably(aside / name, data)
         for written in {(aside / name).parent for name in files}:
             _sync_folder(written)
-        _publish(aside, folder, sorted(files, key=lambda name: name.rpartition("/")[2] in DECIDING))
+        _publish(aside, folder, sorted(files, key=lambda name: name.rpartition("/")[2] in CONFIGS))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -65,7 +67,7 @@ def _publish(aside: Path, folder: Path, names: list[str]) -> None:
     else:
         inside = {folder, folder / "fusion", *((folder / name).parent for name in names)}
         for place in inside:
-            for name in DECIDING:
+            for name in _OLD:
                 (place / name).unlink(missing_ok=True)
         _sync_folder(folder)
         for name in names:  # the configs are the last of them

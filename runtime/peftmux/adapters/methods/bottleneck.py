@@ -13,6 +13,7 @@ of which only those forms are served that come to h + y + A(z).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +22,9 @@ import torch
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel, ResidualBranch
-from peftmux.adapters.config import (
-    FieldTable,
-    Honoured,
-    NoEffect,
-    OnlyDefault,
-    is_layers,
-    is_number,
-    is_true,
-    read_fields,
-)
+from peftmux.adapters.config import FieldTable, Honoured, NoEffect, is_number, show
 from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.hub_fields import is_flag, is_layer_list, read_exact
 from peftmux.adapters.methods.ledger import Ledger
 from peftmux.kernels.bottleneck import ACTIVATIONS, Bottleneck, LayerNorm
 from peftmux.kernels.bottleneck.reference import Reads
@@ -40,21 +33,38 @@ PLACES = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
 """By the branch's role, what AdapterHub calls its adapters."""
 
 _BOOL = "true or false"
+
+
+def _is_factor(value: Any) -> bool:
+    return is_number(value) and value >= 1e-6
+
+
+def _is_factors(value: Any) -> bool:
+    """One for all layers, or by layer number and for "default"."""
+    return _is_factor(value) or (isinstance(value, dict) and all(map(_is_factor, value.values())))
+
+
 FIELDS: FieldTable = {
-    "mh_adapter": Honoured(False, is_true, _BOOL),
-    "output_adapter": Honoured(False, is_true, _BOOL),
-    "is_parallel": Honoured(False, is_true, _BOOL),
-    "original_ln_before": Honoured(False, is_true, _BOOL),
-    "original_ln_after": Honoured(False, is_true, _BOOL),
-    "residual_before_ln": Honoured(False, is_true, "true or false", Reason.UNSUPPORTED_FIELD),
-    "adapter_residual_before_ln": Honoured(False, is_true, _BOOL),
-    "ln_before": Honoured(False, is_true, _BOOL),
-    "ln_after": Honoured(False, is_true, _BOOL),
-    "non_linearity": Honoured("", lambda v: str(v).lower() in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+    **{
+        name: Honoured(False, is_flag, _BOOL)
+        for name in (
+            "mh_adapter",
+            "output_adapter",
+            "is_parallel",
+            "original_ln_before",
+            "adapter_residual_before_ln",
+            "ln_before",
+            "ln_after",
+        )
+    },
+    "original_ln_after": Honoured(True, is_flag, _BOOL),
+    "residual_before_ln": Honoured(True, is_flag, _BOOL, Reason.UNSUPPORTED_FIELD),
+    "non_linearity": Honoured(
+        "", lambda v: isinstance(v, str) and v.lower() in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"
+    ),
     "scaling": Honoured(1.0, lambda v: is_number(v) or v in ("learned", "channel"), "a number, learned or channel"),
-    "leave_out": Honoured([], is_layers, "a list of layer numbers"),
-    "reduction_factor": NoEffect("the sizes are in the tensors"),
-    "architecture": OnlyDefault(None),
+    "leave_out": Honoured([], is_layer_list, "a list of layer numbers"),
+    "reduction_factor": Honoured(None, _is_factors, "a positive number, or one for each layer"),
     **{
         name: NoEffect("training only") for name in ("dropout", "init_weights", "init_weights_seed", "stochastic_depth")
     },
@@ -78,10 +88,6 @@ FIELDS: FieldTable = {
 }
 
 
-_DEFAULTS = {"original_ln_after": True, "residual_before_ln": True}
-"""AdapterHub's, of absent fields, where they are neither null, false nor empty."""
-
-
 @dataclass(frozen=True, slots=True)
 class BottleneckPlan:
     """One branch's adapter with its tensors' names."""
@@ -89,6 +95,15 @@ class BottleneckPlan:
     stem: str
     fields: Mapping[str, Any]
     reads: Reads
+
+    def fused(self) -> BottleneckPlan:
+        """As a fusion reads it: A(z) before a norm of its own. Raises AdapterInvalid for a parallel one."""
+        if self.reads == "residual":
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_FIELD,
+                "field is_parallel: expected false in a fusion, got true (the library adds the residual stream twice)",
+            )
+        return dataclasses.replace(self, fields={**self.fields, "ln_after": False})
 
     def build(self, tensors: Mapping[str, Tensor]) -> Bottleneck:
         fields, stem = self.fields, self.stem
@@ -114,7 +129,7 @@ def plan_bottlenecks(
     config: Mapping[str, Any], name: str, prefix: str, ledger: Ledger, base: BaseModel
 ) -> dict[str, BottleneckPlan]:
     """By the path of the branch. `config` is the inner "config" of adapter_config.json. Claims all of its tensors."""
-    fields = read_fields({**_DEFAULTS, **config}, FIELDS)
+    fields = read_exact(config, FIELDS)
     reads = _reads(fields)
     wanted = {
         role for role, on in (("attention", fields["mh_adapter"]), ("feed_forward", fields["output_adapter"])) if on
@@ -123,7 +138,7 @@ def plan_bottlenecks(
         raise AdapterInvalid(Reason.NO_SITES, "expected mh_adapter or output_adapter, got neither")
     if fields["non_linearity"] == "":
         raise AdapterInvalid(Reason.INVALID_FIELD, "field non_linearity: expected an activation, got nothing")
-    left_out = fields["leave_out"] if isinstance(fields["leave_out"], list) else [fields["leave_out"]]
+    left_out = fields["leave_out"] or []
     branches = [b for b in base.branches.values() if b.role in wanted and b.layer not in left_out]
     if not branches:
         raise AdapterInvalid(
@@ -136,7 +151,7 @@ def plan_bottlenecks(
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """The literature's name for a form, where it has one."""
-    fields = read_fields({**_DEFAULTS, **config}, FIELDS)
+    fields = read_exact(config, FIELDS)
     if fields["is_parallel"]:
         return "parallel"
     if fields["mh_adapter"] and fields["output_adapter"] and _reads(fields) == "branch":
@@ -178,6 +193,7 @@ def _claim(
                 ledger.claim(f"{stem}{norm}.weight", (width,))
                 ledger.claim(f"{stem}{norm}.bias", (width,))
     size, _ = ledger.claim(f"{stem}adapter_down.{position}.weight", (None, width))
+    _check_size(fields["reduction_factor"], branch.layer, width, size)
     ledger.claim(f"{stem}adapter_down.{position}.bias", (size,))
     ledger.claim(f"{stem}adapter_up.weight", (width, size))
     ledger.claim(f"{stem}adapter_up.bias", (width,))
@@ -187,6 +203,17 @@ def _claim(
     if isinstance(fields["scaling"], str):
         ledger.claim(f"{stem}scaling", (1,) if fields["scaling"] == "learned" else (width,))
     return BottleneckPlan(stem, fields, reads)
+
+
+def _check_size(factor: Any, layer: int, width: int, size: int) -> None:
+    """Whether the factor, or the layer's among several, makes a bottleneck of the size that is there."""
+    own = factor.get(str(layer), factor.get("default")) if isinstance(factor, dict) else factor
+    if factor is not None and (own is None or size != max(1, int(width // own))):
+        raise AdapterInvalid(
+            Reason.INVALID_FIELD,
+            f"field reduction_factor: expected {width} / {size} in layer {layer}, whose bottleneck has {size} units, "
+            f"got {show(factor)}",
+        )
 
 
 def _norm(tensors: Mapping[str, Tensor], name: str) -> LayerNorm:

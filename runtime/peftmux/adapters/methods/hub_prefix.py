@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from peftmux.adapters.base import BaseModel
-from peftmux.adapters.config import FieldTable, Honoured, NoEffect, is_positive_int, is_true, read_fields
+from peftmux.adapters.config import FieldTable, Honoured, NoEffect, is_positive_int
 from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.hub_fields import is_flag, read_exact
 from peftmux.adapters.methods.ledger import Ledger
 from peftmux.adapters.methods.prefix import provisioned_shape, split_prefix
 from peftmux.adapters.methods.registry import Parts, Plan
@@ -23,7 +24,7 @@ from peftmux.adapters.methods.registry import Parts, Plan
 FIELDS: FieldTable = {
     "architecture": Honoured(None, lambda v: v == "prefix_tuning", "prefix_tuning"),
     "prefix_length": Honoured(30, is_positive_int, "a positive integer"),
-    "flat": Honoured(False, is_true, "true or false"),
+    "flat": Honoured(False, is_flag, "true or false"),
     "shared_gating": NoEffect("only read with use_gating, which is not served"),
     "bottleneck_size": NoEffect("of the perceptron, which a flat prefix has not"),
     "non_linearity": NoEffect("of the perceptron, which a flat prefix has not"),
@@ -36,7 +37,7 @@ FIELDS: FieldTable = {
 
 def plan_hub_prefix(name: str, config: Mapping[str, Any], ledger: Ledger, base: BaseModel) -> Plan:
     """Check the config and claim every copy of the prefix."""
-    fields = read_fields(config, FIELDS)
+    fields = read_exact(config, FIELDS)
     if not fields["flat"]:
         raise AdapterInvalid(
             Reason.UNSUPPORTED_FIELD,
