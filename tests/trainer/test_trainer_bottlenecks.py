@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_a_fusion_learns(taught: Path, rows: Path, tmp_path: Path):
     training = {"max_steps": 80, "per_device_train_batch_size": 16, "disable_tqdm": True}
     lower = [{**row, "completion": row["completion"].lower()} for row in copy_task(64)]
     for name, data in (("able", rows), ("contrary", write_rows(tmp_path / "lower.jsonl", lower))):
-        train("parallel", model=taught, data=data, out=tmp_path / name, training=training)
+        train("houlsby", model=taught, data=data, out=tmp_path / name, training=training)
     check_learns("fusion", taught, rows, tmp_path, {"adapters": [str(tmp_path / n) for n in ("able", "contrary")]}, 0.3)
 
 
@@ -211,6 +212,7 @@ def test_they_classify(method: str, stages: list[str], qwen2: Path, tmp_path: Pa
     hook.remove()
     assert lowered.parts.head is not None
     assert lowered.parts.head.labels == ("A", "B", "C")
+    assert (tmp_path / "a" / ("fusion" if method == "fusion" else "") / "head_config.json").is_file()
     with torch.no_grad():
         result.model(input_ids=ids)
         ours = result.adapter.head(Host.of(result.model).hidden)  # type: ignore[misc]
@@ -252,9 +254,15 @@ def test_only_bottlenecks_of_one_form_are_fused(stages: list[str], qwen2: Path, 
     run: dict[str, Any] = {"model": qwen2, "data": rows, "training": {**QUICK, "max_steps": 1}}
     for method, message in (
         ("lora", "expected a bottleneck adapter in AdapterHub's files"),
-        ("parallel", "of one form, got such that read residual and sum"),
+        ("parallel", "is_parallel: expected false in a fusion, got true"),
         ("houlsby", "in the same layers, houlsby is in others"),
     ):
         train(method, **run, out=tmp_path / method)
         with pytest.raises(OptionError, match=message):
             attach("fusion", build_model("qwen2"), {"adapters": [stages[0], str(tmp_path / method)]})
+    other = shutil.copytree(stages[0], tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["config"]["original_ln_before"] = False
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(OptionError, match="of one form, got such that read branch and sum"):
+        attach("fusion", build_model("qwen2"), {"adapters": [stages[0], str(other)]})

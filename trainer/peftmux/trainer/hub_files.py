@@ -43,7 +43,9 @@ def head_files(name: str, base: Mapping[str, object], head: TaskHead) -> dict[st
     }
 
 
-def fusion_files(names: list[str], tensors: Mapping[str, Tensor], base: Mapping[str, object]) -> dict[str, bytes]:
+def fusion_files(
+    names: list[str], tensors: Mapping[str, Tensor], base: Mapping[str, object], head: TaskHead | None
+) -> dict[str, bytes]:
     own = {
         "dropout_prob": None,
         **dict.fromkeys(("key", "query", "value", "value_before_softmax"), True),
@@ -51,10 +53,10 @@ def fusion_files(names: list[str], tensors: Mapping[str, Tensor], base: Mapping[
         **dict.fromkeys(("regularization", "value_initialized"), True),
     }
     config = {**base, "adapter_names": names, "config": own, "name": ",".join(names), "version": VERSION}
-    return {
-        "fusion/adapter_fusion_config.json": _json(config),
-        "fusion/model_adapter_fusion.safetensors": _tensors(tensors),
-    }
+    files = {"adapter_fusion_config.json": _json(config), "model_adapter_fusion.safetensors": _tensors(tensors)}
+    if head is not None:
+        files |= head_files(",".join(names), base, head)
+    return {f"fusion/{name}": data for name, data in files.items()}
 
 
 def base_fields(model: Any, base_model: str) -> dict[str, object]:

@@ -141,7 +141,7 @@ class BottleneckChange(BranchChange):
     ) -> None:
         super().__init__(stream)
         self._reads, self._activation = reads, config.non_linearity.lower()
-        size = max(1, int(width / config.reduction_factor))
+        size = max(1, int(width // config.reduction_factor))
         self.down = uniform((size, width), 1 / math.sqrt(width), draws, where)
         self.down_bias = nn.Parameter(torch.zeros(size, device=where))
         self.up = nn.Parameter(torch.zeros(width, size, device=where))

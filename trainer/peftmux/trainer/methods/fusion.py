@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import AdapterFiles, read_adapter
 from peftmux.adapters.hub import PEFT_TYPE
-from peftmux.adapters.methods.bottleneck import PLACES, BottleneckPlan, plan_bottlenecks
+from peftmux.adapters.lower import plan_adapter
+from peftmux.adapters.methods.bottleneck import PLACES, plan_bottlenecks
 from peftmux.adapters.methods.ledger import Ledger
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.bottleneck import Bottleneck, Fusion, apply_fusion
@@ -126,13 +127,13 @@ class FusionAdapter(AttachedAdapter):
         return named
 
     def folder(self, base_model: str, head: TaskHead | None = None) -> dict[str, bytes]:
-        """A head of this run stands in the first adapter's sub-folder; those that the adapters had are left out."""
+        """A head of this run stands beside the fusion's files; those that the adapters had are left out."""
         from peftmux.trainer.hub_files import base_fields, fusion_files, hub_files
 
         base = base_fields(self._model, base_model)
-        files = fusion_files([member.name for member in self.members], self.tensors(), base)
-        for index, member in enumerate(self.members):
-            own = hub_files(member.config(), member.tensors(), base, None if index else head)
+        files = fusion_files([member.name for member in self.members], self.tensors(), base, head)
+        for member in self.members:
+            own = hub_files(member.config(), member.tensors(), base, None)
             files |= {f"{member.name}/{name}": data for name, data in own.items()}
         return files
 
@@ -162,8 +163,10 @@ def _member(folder: str, name: str, base: TorchBase) -> Member:
         if files.config.get("peft_type") != PEFT_TYPE or files.config.get("fusion") is not None:
             raise OptionError("adapters", f"{folder}: expected a bottleneck adapter in AdapterHub's files")
         ((old, outer),) = files.config["adapters"].items()
-        ledger = Ledger({tensor: tuple(t.shape) for tensor, t in files.tensors.items()})
-        plans: dict[str, BottleneckPlan] = plan_bottlenecks(outer["config"], old, f"adapter/{old}/", ledger, base)
+        shapes = {tensor: tuple(t.shape) for tensor, t in files.tensors.items()}
+        plan_adapter(files.config, shapes, base)  # what serving refuses is refused here too
+        own = plan_bottlenecks(outer["config"], old, f"adapter/{old}/", Ledger(shapes), base)
+        plans = {branch: plan.fused() for branch, plan in own.items()}
     except AdapterError as error:
         raise OptionError("adapters", f"{folder}: {error}") from None
     return Member(name, old, files, {branch: plan.build(files.tensors) for branch, plan in plans.items()})
