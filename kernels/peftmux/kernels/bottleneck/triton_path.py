@@ -83,7 +83,7 @@ class ProductShape:
 
     def options(self, block_m: int) -> dict[str, int]:
         sizes = {"BLOCK_M": block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-        return {**sizes, "num_warps": 4, "num_stages": self.stages}
+        return {**sizes, "num_warps": 8 if block_m >= 64 else 4, "num_stages": self.stages}
 
 
 def read_tile(width: int) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def replace_rows_(y: Tensor, x: Tensor, tiles: Tensor, order: Tensor, table: Ten
         BLOCK_M=block_m,
         BLOCK_N=shape.block_n,
         BLOCK_K=shape.block_k,
-        num_warps=4,
+        num_warps=shape.warps,
         num_stages=shape.stages,
     )
 
@@ -57,13 +57,15 @@ class RowsShape:
 
     block_n: int
     block_k: int
+    warps: int
     stages: int
 
 
 def rows_shape(block_m: int, width: int, itemsize: int) -> RowsShape:
     """For tiles of block_m tokens of so many inputs."""
     block_n, block_k, stages = (16, 256, 3) if block_m == 1 else (64, 64, 3) if itemsize == 2 else (32, 32, 2)
-    return RowsShape(block_n, max(16, min(block_k, int(triton.next_power_of_2(width)))), stages)
+    warps = 8 if block_m >= 64 else 4
+    return RowsShape(block_n, max(16, min(block_k, int(triton.next_power_of_2(width)))), warps, stages)
 
 
 class TritonRowsSite(RowsSite):

@@ -23,6 +23,7 @@ def variants() -> Iterable[Variant]:
                 {"y": f"*{dtype}", "x": f"*{dtype}", "tiles": "*i32", "order": "*i32", "table": "*i64"}
                 | dict.fromkeys(integers, "i32"),
                 {"BLOCK_M": block_m, "BLOCK_N": shape.block_n, "BLOCK_K": shape.block_k},
+                num_warps=shape.warps,
                 num_stages=shape.stages,
                 divisible=integers,
                 budget=Budget(registers=200, shared=64 * 1024),

@@ -14,6 +14,9 @@ from peftmux.kernels.sparse import triton_kernels as kernels
 from peftmux.kernels.sparse.reference import SparsePart
 from peftmux.kernels.sparse.site import PreparedSparse, SparseSite
 
+REGISTERS = 128
+"""A thread. Said explicitly, so that ptxas does not spill for the sake of occupancy."""
+
 
 @torch.library.custom_op("peftmux::add_sparse_", mutates_args={"y"})
 def add_sparse_(y: Tensor, x: Tensor, tiles: Tensor, order: Tensor, table: Tensor, block_m: int) -> None:
@@ -39,6 +42,7 @@ def add_sparse_(y: Tensor, x: Tensor, tiles: Tensor, order: Tensor, table: Tenso
         BLOCK_J=block_j,
         num_warps=4,
         num_stages=1,
+        maxnreg=REGISTERS,
     )
 
 

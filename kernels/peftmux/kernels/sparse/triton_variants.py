@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from peftmux.kernels.compile import Budget, Variant
 from peftmux.kernels.sparse import triton_kernels as kernels
-from peftmux.kernels.sparse.triton_path import sparse_tile
+from peftmux.kernels.sparse.triton_path import REGISTERS, sparse_tile
 
 _THREADS = 128
 
@@ -24,7 +24,8 @@ def variants() -> Iterable[Variant]:
                 | dict.fromkeys(("capacity", "y_row", "x_row"), "i32"),
                 {"WIDTH": 4096, "BLOCK_M": rows, "BLOCK_N": block_n, "BLOCK_J": block_j},
                 num_stages=1,
+                max_registers=REGISTERS,
                 divisible=("capacity", "y_row", "x_row"),
                 narrow_loads=0 if dtype == "fp32" else narrow,
-                budget=Budget(registers=128, shared=8192),
+                budget=Budget(registers=REGISTERS, shared=8192),
             )
