@@ -1,4 +1,4 @@
-"""Make the embedded base model: `python -m peftmux.demo.make_base [--out DIR]`.
+"""Make the embedded base models: `python -m peftmux.demo.make_base [--size small] [--out DIR]`.
 
 Everything comes from the seed: text, tokenizer, initial weights, order. On one kind of machine with the same torch and
 the same number of threads the files are bit-equal. Elsewhere the tokenizer still is, but sums are rounded in another
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from peftmux.demo import BASE
+from peftmux.demo import BASE, SMALL
 from peftmux.demo.corpus import Document, documents
 from peftmux.demo.tokenizer import START, build_tokenizer
 
@@ -35,13 +35,24 @@ class Encoded:
     """Which tokens count in the loss."""
 
 
-def config(vocabulary: int, eos: int, pad: int) -> Qwen2Config:
+@dataclass(frozen=True, slots=True)
+class Size:
+    width: int
+    heads: int
+    out: Path
+    """Where it is embedded."""
+
+
+SIZES = {"base": Size(256, 8, BASE), "small": Size(128, 4, SMALL)}
+
+
+def config(vocabulary: int, eos: int, pad: int, size: Size) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=size.width,
+        intermediate_size=2 * size.width,
         num_hidden_layers=4,
-        num_attention_heads=8,
+        num_attention_heads=size.heads,
         num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
@@ -124,11 +135,11 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerBase:
     return build_tokenizer(text_of(document) for document in itertools.islice(documents(seed), TOKENIZER_DOCUMENTS))
 
 
-def train(steps: int, seed: int) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+def train(steps: int, seed: int, size: Size) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
     """The model in float32 and its tokenizer. Prints the loss now and then."""
     tokenizer = make_tokenizer(seed)
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
+    model = Qwen2ForCausalLM(config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, size))
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -158,14 +169,17 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path)
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m peftmux.demo.make_base", description=__doc__)
-    parser.add_argument("--out", type=Path, default=BASE)
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--out", type=Path, help="default: where it is embedded")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    save(*train(args.steps, args.seed), args.out)
-    print(f"wrote {args.out}: {sum(file.stat().st_size for file in args.out.iterdir()):,} bytes")
+    size: Size = SIZES[args.size]
+    out: Path = args.out or size.out
+    save(*train(args.steps, args.seed, size), out)
+    print(f"wrote {out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes")
     return 0
 
 

@@ -1,0 +1,183 @@
+"""The comparison as a page of the documentation: docs/methods.md, with its plot beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods_cases import (
+    BATCH,
+    BESIDE,
+    CLASSES,
+    HELD_OUT,
+    NEW,
+    NOT_HERE,
+    STEPS,
+    TOLD,
+    Case,
+    cases,
+)
+from benchmarks.methods_plot import Point, plot
+from benchmarks.methods_reasons import REASONS
+
+Record = Mapping[str, Any]
+Records = dict[tuple[str, str, str], dict[str, Any]]
+"""By (base, case, task)."""
+LOW = 0.5
+"""A method that stays below it has a reason in the text."""
+SIZES = {"base": "2.4M parameters", "small": "0.65M parameters"}
+
+INTRODUCTION = f"""\
+# The training methods, compared
+
+Written by `python -m benchmarks.methods`, which trains every method with its defaults by the public trainer, serves the
+adapter with `Engine` and counts exact answers to {HELD_OUT} held-out inputs. Every run has {STEPS} steps of {BATCH}
+rows, none seen twice, a linear schedule with 10 steps of warm-up, float32, one seed: a difference of three points is
+none. The learning rate and everything else are the method's defaults. No row holds an instruction.
+
+* `{TOLD}`: the letters backwards. The base does it when it is told to ("base, told"); adapters learn to do it untold.
+* `{NEW}`: backwards, and each letter's successor. The base was taught both, apart from each other, and never this.
+* `{CLASSES}`: where the earliest of the letters stands, one of four classes, for methods with a classification head.
+
+"of LoRA" is the share of LoRA's accuracy in the same column. Seconds are those of the training loop, of the processor
+(one thread), so that what else ran on the machine counts little; a few percent of noise remain. Memory is the process's
+peak above what it held before the run, base model included. Parameters are counted thrice, since comparisons mix them
+up: *trained*; *changed*, the entries of the base's weights that differ once the adapter is merged in, where "beside"
+says that it stands beside the weights and cannot be merged; and the *rank* of the change, its mean over the changed
+matrices and what it could be at most. On such small bases a rank of 8 is a large share: methods that are said to train
+a percent of a model train a tenth here.
+
+`fusion` is AdapterFusion's second stage over two `pfeiffer` adapters, for the task and for `{BESIDE}`, which
+`multitask-prompt` learns beside the task. "AdapterDrop" trains with random first layers left out and is served without
+the first. "template" puts half of P-Tuning's tokens in front and half at the end of the prompt.
+"""
+
+
+def write_report(records: Records, device: str, docs: Path) -> str:
+    """The tables, as text; the page and its plot are written to `docs`."""
+    bases = [base for base in SIZES if any(key[0] == base for key in records)]
+    sections = [_section(base, records) for base in bases]
+    docs.mkdir(parents=True, exist_ok=True)
+    measured = f"Measured on: {device}.\n"
+    picture = "![Accuracy against trained parameters](methods.svg)\n"
+    page = "\n".join([INTRODUCTION, measured, picture, *sections, _reasons(records), _left_out()])
+    (docs / "methods.md").write_text(page, encoding="utf-8")
+    panels = {f"{base}, {SIZES[base]}: {TOLD}": _points(base, records) for base in bases}
+    (docs / "methods.svg").write_text(plot(panels, "trained parameters", "exact answers"), encoding="utf-8")
+    return "\n".join(sections)
+
+
+def _section(base: str, records: Records) -> str:
+    title = f"## {base}: {SIZES[base]}\n"
+    generating = [case for case in cases() if case.kind == "generation"]
+    columns = ["method", TOLD, "of LoRA", NEW, "of LoRA", "trained", "changed", "rank", "seconds", "peak MB"]
+    rows = [_row(base, case, records) for case in generating if (base, case.name, TOLD) in records]
+    parts = [title, _table(columns, rows)]
+    classifiers = [case for case in cases() if case.kind == "sequence" and (base, case.name, CLASSES) in records]
+    if classifiers:
+        columns = ["classifier", CLASSES, "trained", "seconds", "peak MB"]
+        parts += ["", _table(columns, [_classifier(base, case, records) for case in classifiers])]
+    return "\n".join(parts) + "\n"
+
+
+def _row(base: str, case: Case, records: Records) -> list[str]:
+    record = records[base, case.name, TOLD]
+    accuracies = []
+    for task in (TOLD, NEW):
+        own, lora = records.get((base, case.name, task)), records.get((base, "lora", task))
+        accuracies += [_percent(own), _share(own, lora) if case.method else ""]
+    if not case.method:
+        return [case.name, *accuracies, *[""] * 5]
+    return [case.name, *accuracies, _count(record, "trained"), _changed(record), _rank(record), *_cost(record)]
+
+
+def _classifier(base: str, case: Case, records: Records) -> list[str]:
+    record = records[base, case.name, CLASSES]
+    return [case.name, _percent(record), _count(record, "trained"), *_cost(record)]
+
+
+def _percent(record: Record | None) -> str:
+    if record is None:
+        return ""
+    return "failed" if "failed" in record else f"{100 * record['accuracy']:.1f} %"
+
+
+def _share(record: Record | None, lora: Record | None) -> str:
+    if record is None or lora is None or "failed" in record or not lora.get("accuracy"):
+        return ""
+    return f"{record['accuracy'] / lora['accuracy']:.2f}"
+
+
+def _count(record: Record, name: str) -> str:
+    return f"{record[name]:,}" if name in record else ""
+
+
+def _changed(record: Record) -> str:
+    if "failed" in record:
+        return ""
+    return "beside" if record["changed"] is None else f"{record['changed']:,}"
+
+
+def _rank(record: Record) -> str:
+    return f"{record['rank']:g} of {record['full']:g}" if record.get("rank") is not None else ""
+
+
+def _cost(record: Record) -> list[str]:
+    if "failed" in record:
+        return ["", ""]
+    return [f"{record['cpu_seconds']:.0f}", f"{record['peak_bytes'] / 1e6:.0f}"]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    rule = line(["---", *["---:"] * (len(columns) - 1)])
+    return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+def _points(base: str, records: Records) -> list[Point]:
+    return [
+        Point(case.name, record["trained"], record["accuracy"])
+        for case in cases()
+        if "trained" in (record := records.get((base, case.name, TOLD), {}))
+    ]
+
+
+def low(records: Records) -> dict[str, list[tuple[str, str, float]]]:
+    """Methods with an accuracy below LOW: (base, task, accuracy) of each."""
+    found: dict[str, list[tuple[str, str, float]]] = {}
+    for case in cases():
+        for (base, name, task), record in records.items():
+            if name == case.name and case.method and record.get("accuracy", 1.0) < LOW:
+                found.setdefault(name, []).append((base, task, record["accuracy"]))
+    return found
+
+
+def _reasons(records: Records) -> str:
+    found = low(records)
+    if not found:
+        return f"No method stays below {LOW:.0%}.\n"
+    lines = [f"## Below {LOW:.0%}, and why\n", *_spelled(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _spelled(found: Mapping[str, Sequence[tuple[str, str, float]]]) -> Iterator[str]:
+    told = {reason: [name for name in found if name in names] for names, reason in REASONS}
+    for reason, names in told.items():
+        if names:
+            where = "; ".join(f"`{name}` {_places(found[name])}" for name in names)
+            yield f"* {where}. {reason}"
+    for name in found.keys() - {name for names, _ in REASONS for name in names}:
+        yield f"* `{name}` {_places(found[name])}: no reason is known."
+
+
+def _places(places: Sequence[tuple[str, str, float]]) -> str:
+    return ", ".join(f"{100 * accuracy:.0f} % ({base}, {task})" for base, task, accuracy in places)
+
+
+def _left_out() -> str:
+    missing = {case.name: f"needs {case.needs}" for case in cases() if not case.installed}
+    lines = [f"* `{name}`: {why}." for name, why in {**NOT_HERE, **missing}.items()]
+    return "\n".join(["## Not measured here\n", *lines]) + "\n"
