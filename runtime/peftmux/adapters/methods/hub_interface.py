@@ -25,7 +25,7 @@ _ROLES = {
     **dict.fromkeys(("up_proj", "mlp.c_fc", "fc_in", "fc1", "dense_h_to_4h"), "i"),
     **dict.fromkeys(("down_proj", "mlp.c_proj", "fc_out", "fc2", "dense_4h_to_h"), "o"),
 }
-_CROSSED = ("Llama", "Mistral")
+_CROSSED = ("LlamaFor", "MistralFor")
 """The classes in which the library calls down_proj intermediate and up_proj output."""
 _OF_LAYER = {
     "q": ("layer_self_attn", "attn_q_proj"),
