@@ -39,7 +39,9 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
 class FusionConfig:
     """What is fused, and how strongly the values are held near the identity."""
 
-    adapters: list[str] = field(metadata={"help": "folders of two or more bottleneck adapters of one form"})
+    adapters: list[str] = field(
+        metadata={"help": "folders of two or more bottleneck adapters of one form, none parallel"}
+    )
     regularization: float = field(default=0.01, metadata={"help": "weight of |I - V|^2 in the loss, as the paper's"})
 
     def __post_init__(self) -> None:
