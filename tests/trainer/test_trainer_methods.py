@@ -27,7 +27,7 @@ IN_PEFT = (
     *("prefix", "prompt", "p-tuning", "ia3", "ln", "shira"),
 )
 """The others are compared with plain torch, in files of their own."""
-GENERATE = tuple(name for name in METHODS if name not in ("head", "fusion", "multitask-prompt"))
+GENERATE = tuple(name for name in METHODS if name not in ("head", "fusion", "multitask-prompt", "vora"))
 CASES = [
     ("lora", {}),
     ("lora", {**PATTERNS, "lora_dropout": 0.5}),

@@ -211,7 +211,7 @@ class Host:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Virtual tokens and prefixes come in front of what the model is given."""
+        """Virtual tokens and prefixes come in front of what the model is given; a mask where it is not causal."""
         ids = args[0] if args else kwargs["input_ids"]
         spans = self.spans or ((next(iter(self._adapters)), slice(0, ids.shape[0])),)
         parts = [(span, self._adapters[key]) for key, span in spans if key in self._adapters]
@@ -220,13 +220,15 @@ class Host:
         inputs = Inputs(self.model, {**kwargs, "input_ids": ids})
         inputs.insert_virtual(virtual)
         inputs.prepend_prefixes(prefixes)
+        if any(a.sees_both_ways for _, a in parts):
+            inputs.see_both_ways([(span, a.sees_both_ways) for span, a in parts])
         if "logits_to_keep" in inputs.kwargs and all(a.head is not None for _, a in parts):
             inputs.kwargs["logits_to_keep"] = 1  # nobody reads them
         return args[1:], inputs.kwargs
 
 
 def _needs_hook(adapter: AttachedAdapter) -> bool:
-    return bool(adapter.prefix or adapter.virtual or adapter.head)
+    return bool(adapter.prefix or adapter.virtual or adapter.sees_both_ways or adapter.head)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -33,6 +33,14 @@ class VirtualTokens(Protocol):
         ...
 
 
+class SeesBothWays(Protocol):
+    """Which tokens see each other whatever their order."""
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T] bool."""
+        ...
+
+
 class PrefixLayer(DynamicLayer):
     """One layer's prefix as a cache that is only read, so that recomputing a layer gives the same again."""
 
@@ -117,6 +125,68 @@ class Inputs:
             self.kwargs["position_ids"] = lengths + torch.arange(ids.shape[1], device=ids.device)
         elif mask is not None:
             self.kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], widest), mask], 1)
+
+    def see_both_ways(self, sources: Sequence[tuple[slice, SeesBothWays | None]]) -> None:
+        """Tokens that stand in one run of such see each other whatever their order; all else is causal as before."""
+        ids, mask, positions = (self.kwargs.get(n) for n in ("input_ids", "attention_mask", "position_ids"))
+        assert ids is not None
+        flags = torch.cat([torch.zeros_like(ids[s], dtype=torch.bool) if f is None else f(ids[s]) for s, f in sources])
+        if not flags.any():
+            return
+        past = 0 if mask is None else mask.shape[1] - ids.shape[1]
+        own = None if mask is None else mask[:, past:]
+        run = torch.where(flags, (flags & ~pad(flags, (1, -1))).cumsum(-1), 0)
+        together = flags.unsqueeze(-1) & (run.unsqueeze(-1) == run.unsqueeze(-2))
+        if mask is None and positions is not None:
+            row = _packed_rows(positions)
+            together = together & (row.unsqueeze(-1) == row.unsqueeze(-2))
+        if own is not None:
+            together = together & own.bool().unsqueeze(-2)
+        earlier = visible(positions, own)
+        seen = together | (causal_only(ids) if earlier is None else earlier)
+        if mask is not None and past:
+            seen = torch.cat([mask[:, None, :past].bool().expand(-1, ids.shape[1], -1), seen], -1)
+        if positions is None:
+            self.kwargs["position_ids"] = torch.arange(past, past + ids.shape[1], device=ids.device).unsqueeze(0)
+        self.kwargs["attention_mask"] = whole_mask(self._model, seen.expand(ids.shape[0], -1, -1))
+
+
+def causal_only(ids: Tensor) -> Tensor:
+    """[1, T, T] bool, query by key."""
+    size = ids.shape[-1]
+    return torch.ones(size, size, dtype=torch.bool, device=ids.device).tril().unsqueeze(0)
+
+
+def visible(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """[B, T, T] bool, query by key; None: all that came before. A token always sees itself.
+
+    positions: [B, T], of packed rows, which begin anew with each of them. mask: [B, T], 0 for filling.
+    """
+    if positions is None and mask is None:
+        return None
+    like = positions if mask is None else mask
+    assert like is not None
+    seen = causal_only(like)
+    if mask is not None:
+        seen = seen & mask.bool().unsqueeze(-2)
+    elif positions is not None:
+        row = _packed_rows(positions)
+        seen = seen & (row.unsqueeze(-1) == row.unsqueeze(-2))
+    return seen | torch.eye(like.shape[-1], dtype=torch.bool, device=like.device)
+
+
+def whole_mask(model: Any, seen: Tensor) -> Tensor:
+    """[B, T, keys] bool -> [B, 1, T, keys] as the model's attention takes a mask that is complete already."""
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        return seen.unsqueeze(1)
+    hidden = torch.finfo(model.dtype).min
+    return torch.zeros_like(seen, dtype=model.dtype).masked_fill(~seen, hidden).unsqueeze(1)
+
+
+def _packed_rows(positions: Tensor) -> Tensor:
+    """[B, T]: of each token the number of its row, where positions begin anew with each row."""
+    new = positions[..., 1:] != positions[..., :-1] + 1
+    return pad(new.long().cumsum(-1), (1, 0))
 
 
 def _of(tensor: Tensor | None, span: slice) -> Tensor | None:

@@ -16,6 +16,7 @@ from peftmux.trainer.arguments import checked_learning_rate, reported_arguments,
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
 from peftmux.trainer.data import (
+    Row,
     encode_labelled,
     encode_preferences,
     encode_rows,
@@ -100,7 +101,8 @@ def prepare(
     rate = method.learning_rate(model.config.get_text_config().hidden_size)
     args = training_arguments(options, training, rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE)
     base_parameters = model.num_parameters()
-    limit = min(options.max_length or sys.maxsize, longest_row(model, _reserved(config, options.task)))
+    reserved = _reserved(config, options.task, [*rows, *(eval_rows or ())])
+    limit = min(options.max_length or sys.maxsize, longest_row(model, reserved))
     if limit < 2:
         raise OptionError("num-virtual-tokens", f"expected room for a row in the model's context, found {limit} tokens")
     data = _encode(options.data, rows, tokenizer, options, limit, labels)
@@ -114,6 +116,8 @@ def prepare(
         adapter = method.attach(model, config, context)
         if options.task != "generation":
             adapter = HeadedAdapter(adapter, TaskHead(model, options.task, labels, args.seed), model)
+    if not adapter.takes_images and any(row.images for row in [*rows, *(eval_rows or ())]):
+        raise OptionError("data", f"its rows have images, from which {method.name} cannot learn: train vora")
     if adapter.places_tokens:
         if options.loss != NEXT_TOKEN:
             raise OptionError("loss", f"{options.loss} is not for {method.name}, whose tokens stand inside of the rows")
@@ -172,10 +176,11 @@ def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: in
     return DataFacts(Path(path).name, file_digest(path), encoded)
 
 
-def _reserved(config: Any, task: str) -> int:
-    """Positions that virtual tokens take."""
+def _reserved(config: Any, task: str, rows: Sequence[Row]) -> int:
+    """Positions that virtual tokens take, and the images of the row that has most."""
     given = getattr(config, "num_virtual_tokens", 0)
-    return int(config.default_length(task) if given is None else given)
+    images = max(len(row.images or ()) for row in rows) * getattr(config, "image_tokens", 0)
+    return images + int(config.default_length(task) if given is None else given)
 
 
 def _placed(data: DataFacts, adapter: AttachedAdapter, path: str | None) -> DataFacts:

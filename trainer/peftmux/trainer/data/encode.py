@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from peftmux.trainer.data.images import PlacedImage, split_at_images
 from peftmux.trainer.data.rows import Row
 from peftmux.trainer.data.segments import Segment, segment_rows
 from peftmux.trainer.errors import DataError
@@ -28,6 +29,8 @@ class Example:
     task: str | int | None = None
     """The row's column `task`."""
     line: int = 0
+    images: tuple[PlacedImage, ...] = ()
+    """In the order in which they stand."""
 
     @property
     def prompt(self) -> int:
@@ -107,10 +110,14 @@ def encode_each(
 ) -> list[Example | None]:
     """Of each row its example, None where it is dropped; DataError as in `encode_rows`."""
     bos, eos = _special_prefix(tokenizer), tokenizer.eos_token_id
-    segmented = segment_rows(rows, tokenizer, path)
+    pieces = [
+        _pieces(row, segments, path) for row, segments in zip(rows, segment_rows(rows, tokenizer, path), strict=True)
+    ]
+    runs = iter(_tokenise([piece for row in pieces for piece in row], tokenizer))
     found: list[Example | None] = []
-    for row, segments, parts in zip(rows, segmented, _tokenise(segmented, tokenizer), strict=True):
-        example = _assemble(segments, parts, [] if row.format == "messages" else bos, eos if append_eos else None)
+    for row, own in zip(rows, pieces, strict=True):
+        front = [] if row.format == "messages" else bos
+        example = _assemble(row, own, [next(runs) for _ in own], front, eos if append_eos else None)
         length = len(example.input_ids)
         if length > max_length:
             if over_long == "error":
@@ -119,11 +126,31 @@ def encode_each(
             if over_long == "drop":
                 found.append(None)
                 continue
-            example = Example(example.input_ids[:max_length], example.labels[:max_length], truncated=True)
+            example = _truncated(example, max_length, path)
         if all(label == IGNORED for label in example.labels[1:]):
             raise DataError(path, row.line, f"nothing to learn is left in its {len(example.input_ids)} tokens")
-        found.append(replace(example, task=row.task, line=row.line))
+        found.append(example)
     return found
+
+
+def _pieces(row: Row, segments: Sequence[Segment], path: str | Path) -> list[list[Segment]]:
+    """The row's texts before, between and after its images: a server tokenises each by itself."""
+    if row.images is None:
+        return [list(segments)]
+    pieces: list[list[Segment]] = [[]]
+    texts = split_at_images([segment.text for segment in segments], len(row.images), path, row.line)
+    for segment, (first, *rest) in zip(segments, texts, strict=True):
+        pieces[-1].append(replace(segment, text=first, ends_turn=segment.ends_turn and not rest))
+        for i, text in enumerate(rest, start=1):
+            pieces.append([replace(segment, text=text, ends_turn=segment.ends_turn and i == len(rest))])
+    return pieces
+
+
+def _truncated(example: Example, max_length: int, path: str | Path) -> Example:
+    if any(placed.at > max_length for placed in example.images):
+        raise DataError(path, example.line, f"an image would be cut off with what follows token {max_length}")
+    ids, labels = example.input_ids[:max_length], example.labels[:max_length]
+    return replace(example, input_ids=ids, labels=labels, truncated=True)
 
 
 def _special_prefix(tokenizer: Any) -> list[int]:
@@ -160,13 +187,21 @@ def _split_row(segments: int, running: Any, alone: Any) -> list[list[int]]:
     return parts
 
 
-def _assemble(segments: Sequence[Segment], parts: Sequence[list[int]], bos: list[int], eos: int | None) -> Example:
+def _assemble(
+    row: Row, pieces: Sequence[Sequence[Segment]], runs: Sequence[Sequence[list[int]]], bos: list[int], eos: int | None
+) -> Example:
     ids, labels = list(bos), [IGNORED] * len(bos)
-    for segment, part in zip(segments, parts, strict=True):
-        ids += part
-        labels += part if segment.learned else [IGNORED] * len(part)
-        if segment.ends_turn and eos is not None:
-            end = [] if part and part[-1] == eos else [eos]
-            ids += end
-            labels += end
-    return Example(ids, labels)
+    places: list[int] = []
+    for piece, parts in zip(pieces, runs, strict=True):
+        for segment, part in zip(piece, parts, strict=True):
+            ids += part
+            labels += part if segment.learned else [IGNORED] * len(part)
+            if segment.ends_turn and eos is not None:
+                end = [] if part and part[-1] == eos else [eos]
+                ids += end
+                labels += end
+        places.append(len(ids))  # of the image that follows the piece
+    images = row.images or ()
+    at = places[:-1] if len(pieces) > 1 else [0] * len(images)
+    placed = tuple(PlacedImage(place, image) for place, image in zip(at, images, strict=True))
+    return Example(ids, labels, task=row.task, line=row.line, images=placed)

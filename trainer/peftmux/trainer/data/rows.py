@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftmux.trainer.data.images import COLUMN, RowImage, row_images
 from peftmux.trainer.errors import DataError
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
@@ -38,6 +39,8 @@ class Row:
     fields: Mapping[str, object]
     task: str | int | None = None
     """The column `task`, for methods that learn several at once."""
+    images: tuple[RowImage, ...] | None = None
+    """The column `images`; None without it, and the text's markers are plain text."""
 
 
 def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
@@ -54,11 +57,16 @@ def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
     rows: list[Row] = []
     kind = ""
     for line, record in records:
+        if task != "generation" and record.get(COLUMN) is not None:
+            raise DataError(
+                path, line, f"column {COLUMN!r}: only text is learned from images, not --task or --loss {task}"
+            )
         if task in PREFERENCES:
             rows.append(Row(line, task, _checked_preference(path, line, record, task)))
             continue
         kind = kind or _detect_format(path, line, record, _TASK_FORMATS[task])
-        rows.append(Row(line, kind, _checked(path, line, record, kind), _task_of(record)))
+        fields = _checked(path, line, record, kind)
+        rows.append(Row(line, kind, fields, _task_of(record), row_images(path, line, record)))
     if not rows:
         raise DataError(path, None, "expected at least one row, found an empty file")
     return rows

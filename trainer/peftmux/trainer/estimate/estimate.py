@@ -148,14 +148,15 @@ class _Probe:
         return _shape(self._trainer.data_collator(features[:rows]))
 
     def _features(self, wanted: Shape) -> list[dict[str, Any]]:
-        """One row of data, of ids that the data has; `rows` is left to the batch."""
-        seen = self._ready.data.encoded.examples[0].input_ids
+        """One row of data, of ids and a label that the data has; `rows` is left to the batch."""
+        example = self._ready.data.encoded.examples[0]
+        seen, label = example.input_ids, next(label for label in example.labels if label != IGNORED)
         ids = [seen[i % len(seen)] for i in range(wanted.tokens)]
         first = wanted.tokens - wanted.kept + 1
-        row = Example(ids, [IGNORED] * first + ids[first:]).feature()
+        row = Example(ids, [IGNORED] * first + [label] * (wanted.tokens - first)).feature()
         if self._ready.options.packing:
             half = wanted.tokens // 2
-            halves = [Example(part, part).feature() for part in (ids[:half], ids[half:])]
+            halves = [Example(part, [label] * len(part)).feature() for part in (ids[:half], ids[half:])]
             return [{"rows": halves, "length": wanted.tokens}]
         if self._ready.options.loss != NEXT_TOKEN:
             return [{"pair": [row, row], "input_ids": ids, REFERENCE: [0.0, 0.0], DESIRABLE: True}]

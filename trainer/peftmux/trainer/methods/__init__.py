@@ -28,13 +28,14 @@ from peftmux.trainer.methods.prefix import P_TUNING_V2, PREFIX
 from peftmux.trainer.methods.prompt import PROMPT
 from peftmux.trainer.methods.rslora import RSLORA
 from peftmux.trainer.methods.shira import SHIRA
+from peftmux.trainer.methods.vora import VORA
 
 __all__ = ["METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method"]
 
 _ALL = (
     *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
     *(PREFIX, P_TUNING_V2, PROMPT, MULTITASK_PROMPT, P_TUNING),
-    *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER, HEAD),
+    *(IA3, LN, BITFIT, LAYERS, SHIRA, DIFFPRUNING, LADDER, VORA, HEAD),
     *(LORAMOE, MIXLORA),
     *(HOULSBY, PFEIFFER, PARALLEL, FUSION),
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.trainer.data import Example
 from peftmux.trainer.host import Change, Host
-from peftmux.trainer.inputs import PrefixSource, VirtualTokens
+from peftmux.trainer.inputs import PrefixSource, SeesBothWays, VirtualTokens
 
 if TYPE_CHECKING:
     from peftmux.trainer.heads import TaskHead
@@ -46,7 +46,11 @@ class AttachedAdapter:
     prefix: PrefixSource | None = None
     virtual: VirtualTokens | None = None
     places_tokens = False
-    """Its virtual tokens are put into the rows of the data, by `place`."""
+    """Tokens of its own are put into the rows of the data, by `place`."""
+    sees_both_ways: SeesBothWays | None = None
+    """Says which tokens see each other whatever their order."""
+    takes_images = False
+    """Rows of its data may have images, which `place` puts among their tokens."""
     head: nn.Module | None = None
     """A classifier on the final hidden states, whose scores the loss is of."""
 

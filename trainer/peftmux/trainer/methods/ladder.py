@@ -21,6 +21,7 @@ from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.ladder import ACTIVATIONS, Attend, Ladder, causal, climb, finish, rotation, start
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host import Host
+from peftmux.trainer.inputs import visible
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import uniform
 
@@ -175,7 +176,7 @@ class LadderAdapter(AttachedAdapter):
         positions = self._positions
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
-        seen = _visible(self._positions, self._mask)
+        seen = visible(self._positions, self._mask)
         attend: Attend = causal if seen is None else lambda q, k, v: causal(q, k, v, seen)
         side = start(h[rows].detach(), ladder)
         self._running = _Climb(ladder, rows, rotation(positions, ladder), attend, self._recompute, side)
@@ -198,26 +199,6 @@ class LadderAdapter(AttachedAdapter):
             return (states, *output[1:])
         output.last_hidden_state = states
         return output
-
-
-def _visible(positions: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """[B, T, T] bool, query by key; None: all that came before. A token always sees itself.
-
-    positions: [B, T], of packed rows, which begin anew with each of them. mask: [B, T], 0 for filling.
-    """
-    if positions is None and mask is None:
-        return None
-    like = positions if mask is None else mask
-    assert like is not None
-    size = like.shape[-1]
-    seen = torch.ones(size, size, dtype=torch.bool, device=like.device).tril().unsqueeze(0)
-    if mask is not None:
-        seen = seen & mask.bool().unsqueeze(-2)
-    elif positions is not None:
-        new = positions[..., 1:] != positions[..., :-1] + 1
-        row = nn.functional.pad(new.long().cumsum(-1), (1, 0))
-        seen = seen & (row.unsqueeze(-1) == row.unsqueeze(-2))
-    return seen | torch.eye(size, dtype=torch.bool, device=like.device)
 
 
 def _attach(model: Any, config: LadderConfig, context: AttachContext) -> AttachedAdapter:
