@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from peftmux.adapters.images import ImageRule, cut_patches, decode_image
+from peftmux.adapters.images import MARKER, ImageRule, cut_patches, decode_image
 from peftmux.runtime.engine.factory import EngineConfig, build_engine
 from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.engine.text import Text
 from peftmux.runtime.model.load import fit_model
 from peftmux.runtime.params import Image
-from peftmux.runtime.server.images import MARKER, marked_positions
+from peftmux.runtime.server.images import marked_positions
 from peftmux.trainer import DataError, OptionError, train
 from peftmux.trainer.cli import main
 from peftmux.trainer.data import Example, encode_rows, read_rows
