@@ -19,6 +19,10 @@ METHOD_FLAGS = {
         *("--layers-pattern", "--rank-pattern", "--alpha-pattern", "--use-rslora"),
     },
     "prefix": {"--num-virtual-tokens", "--prefix-init", "--prefix-init-text"},
+    "vora": {
+        *("--r", "--layers", "--target-modules", "--lora-dropout", "--patch-size", "--image-size"),
+        *("--vision-embedding-intermediate-size", "--vision-attention-mask", "--image-mean", "--image-std"),
+    },
     "ladder": {"--reduction-factor", "--layers", "--hidden-act", "--temperature", "--merge"},
 }
 METHOD_FLAGS["dora"] = METHOD_FLAGS["pissa"] = METHOD_FLAGS["lora"]
