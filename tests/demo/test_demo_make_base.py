@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from peftmux.demo import BASE, make_base
+from peftmux.demo import BASE, SMALL, make_base
 
 
 @pytest.fixture
@@ -34,8 +35,16 @@ def test_runs_and_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_tokenizer_of_the_repository_is_the_checked_in_one(tmp_path: Path) -> None:
     """The base on disk was made from the text as it is generated now."""
     make_base.make_tokenizer(seed=0).save_pretrained(tmp_path)
-    made, kept = tmp_path / "tokenizer.json", BASE / "tokenizer.json"
-    assert made.read_text() == kept.read_text()
+    made = (tmp_path / "tokenizer.json").read_text()
+    assert made == (BASE / "tokenizer.json").read_text() == (SMALL / "tokenizer.json").read_text()
+
+
+def test_sizes_are_those_on_disk() -> None:
+    for name, size in make_base.SIZES.items():
+        kept = AutoConfig.from_pretrained(size.out)
+        made = make_base.config(kept.vocab_size, kept.eos_token_id, kept.pad_token_id, size)
+        same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        assert all(getattr(kept, field) == getattr(made, field) for field in same), name
 
 
 def test_learning_rate_warms_up_and_falls() -> None:

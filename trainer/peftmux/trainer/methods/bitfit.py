@@ -91,5 +91,5 @@ BITFIT = Method(
     summary="the biases of the base, for bases that have some",
     config_class=BitfitConfig,
     attach=_attach,
-    learning_rate=lambda hidden_size: min(0.1, 4 / hidden_size),  # 1e-3 at width 4096; biases are few and move freely
+    learning_rate=lambda hidden_size: min(0.1, 15 / hidden_size),  # 4e-3 at width 4096; biases are few and move freely
 )

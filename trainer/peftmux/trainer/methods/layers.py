@@ -21,7 +21,10 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes
-from peftmux.trainer.methods.lora import default_learning_rate
+
+_FEWEST = 2
+"""Blocks trained by default: heads that copy from where another token stands take two (Olsson et al., 2022,
+arXiv 2209.11895)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class LayersConfig:
     """Which blocks are trained, and what of them."""
 
     trained_layers: list[int] | None = field(
-        default=None, metadata={"help": "numbers of blocks, from 0; default: the last quarter of them"}
+        default=None, metadata={"help": "numbers of blocks, from 0; default: the last quarter of them, at least two"}
     )
     target_modules: list[str] | None = field(
         default=None,
@@ -74,7 +77,7 @@ def _attach(model: Any, config: LayersConfig, context: AttachContext) -> Attache
     blocks = model.config.get_text_config().num_hidden_layers
     layers = config.trained_layers
     if layers is None and config.target_modules is None:
-        layers = list(range(blocks - math.ceil(blocks / 4), blocks))
+        layers = list(range(blocks - min(blocks, max(_FEWEST, math.ceil(blocks / 4))), blocks))
     chosen = _chosen(found, layers, config.target_modules, blocks)
     changes = {name: found[name](model.get_submodule(name)) for name in chosen}
     fields = {"peft_type": "LAYERS", "target_modules": sorted(chosen), "trained_layers": layers}
@@ -120,5 +123,6 @@ LAYERS = Method(
     summary="the last layers of the base whole (or others, or single modules)",
     config_class=LayersConfig,
     attach=_attach,
-    learning_rate=lambda hidden_size: default_learning_rate(hidden_size) / 5,  # whole weights take smaller steps
+    # Adam's best rate for whole matrices falls with their width (Yang et al., 2022, arXiv 2203.03466): 7e-5 at 4096.
+    learning_rate=lambda hidden_size: 0.3 / hidden_size,
 )

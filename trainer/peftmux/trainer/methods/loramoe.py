@@ -104,5 +104,6 @@ LORAMOE = Method(
     summary="several LoRAs at each feed-forward layer, weighed by a router",
     config_class=LoraMoeConfig,
     attach=_attach,
-    learning_rate=default_learning_rate,
+    # An expert counts for one in six until the router has learned: at LoRA's rate their sum moves as much slower.
+    learning_rate=lambda hidden_size: 3 * default_learning_rate(hidden_size),
 )
