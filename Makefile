@@ -4,7 +4,7 @@
 #   make test     the test suite                        make lint     format, lint, types, import contracts, protos
 #   make kernels  the Triton kernels without a GPU: in its interpreter, and compiled for sm_80, sm_90 and sm_100
 #   make bench    the benchmark (BENCH_ARGS="...")      make gpu      GPU tests and benchmark, with the machine's python
-#   make base     train the embedded base model anew    make protos   regenerate protos/peftmux/v1
+#   make base     train the embedded base models anew   make protos   regenerate protos/peftmux/v1
 #
 # PYTHON=python3.12        the interpreter that .venv is made with
 # TORCH_INDEX=URL          one more package index, for torch alone (its CPU build, another CUDA build); read when .venv is
@@ -62,6 +62,7 @@ bench: $(VENV)/.dev
 
 base: $(VENV)/.run
 	$(BIN)/python -m peftmux.demo.make_base --out runtime/peftmux/demo/base
+	$(BIN)/python -m peftmux.demo.make_base --size small --out runtime/peftmux/demo/small
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --results $(GPU_RESULTS) $(GPU_ARGS)

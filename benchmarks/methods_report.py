@@ -24,6 +24,8 @@ from benchmarks.methods_reasons import REASONS
 Record = Mapping[str, Any]
 Records = dict[tuple[str, str, str], dict[str, Any]]
 """By (base, case, task)."""
+Low = tuple[str, str, float]
+"""(base, task, accuracy)."""
 LOW = 0.5
 """A method that stays below it has a reason in the text."""
 SIZES = {"base": "2.4M parameters", "small": "0.65M parameters"}
@@ -145,9 +147,9 @@ def _points(base: str, records: Records) -> list[Point]:
     ]
 
 
-def low(records: Records) -> dict[str, list[tuple[str, str, float]]]:
+def low(records: Records) -> dict[str, list[Low]]:
     """Methods with an accuracy below LOW: (base, task, accuracy) of each."""
-    found: dict[str, list[tuple[str, str, float]]] = {}
+    found: dict[str, list[Low]] = {}
     for case in cases():
         for (base, name, task), record in records.items():
             if name == case.name and case.method and record.get("accuracy", 1.0) < LOW:
@@ -163,17 +165,19 @@ def _reasons(records: Records) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _spelled(found: Mapping[str, Sequence[tuple[str, str, float]]]) -> Iterator[str]:
-    told = {reason: [name for name in found if name in names] for names, reason in REASONS}
-    for reason, names in told.items():
-        if names:
-            where = "; ".join(f"`{name}` {_places(found[name])}" for name in names)
-            yield f"* {where}. {reason}"
-    for name in found.keys() - {name for names, _ in REASONS for name in names}:
-        yield f"* `{name}` {_places(found[name])}: no reason is known."
+def _spelled(found: Mapping[str, Sequence[Low]]) -> Iterator[str]:
+    left = {(name, place) for name, places in found.items() for place in places}
+    for names, tasks, reason in REASONS:
+        told = {(name, place) for name, place in left if name in names and place[1] in tasks}
+        if told:
+            where = {name: [place for place in found[name] if (name, place) in told] for name in names}
+            yield f"* {'; '.join(f'`{name}` {_places(places)}' for name, places in where.items() if places)}. {reason}."
+        left -= told
+    for name, place in sorted(left):
+        yield f"* `{name}` {_places([place])}: no reason is known."
 
 
-def _places(places: Sequence[tuple[str, str, float]]) -> str:
+def _places(places: Sequence[Low]) -> str:
     return ", ".join(f"{100 * accuracy:.0f} % ({base}, {task})" for base, task, accuracy in places)
 
 
