@@ -18,30 +18,30 @@ REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         _PROMPTS,
         (NEW,),
-        "What stands in front of the input biases what attention adds and cannot change what it attends to within "
-        "the input: it elicits what the base can do, and may not teach what needs new patterns of attention (Petrov "
-        "et al., 2023, arXiv 2310.19698). Prompt tuning comes level with fine-tuning at billions of parameters only (Lester et "
-        "al., 2021, arXiv 2104.08691)",
+        "What stands in front of the input biases what attention adds and cannot change what it attends to "
+        "within the input: it elicits what the base can do, and may not teach what needs new patterns of "
+        "attention (Petrov et al., 2023, arXiv 2310.19698). Prompt tuning comes level with fine-tuning at "
+        "billions of parameters only (Lester et al., 2021, arXiv 2104.08691)",
     ),
     (
         ("bitfit", "ln", "ia3"),
         (NEW, TOLD),
-        "A vector a layer rescales or shifts features that are there, and makes no new ones. BitFit is level with full "
-        "fine-tuning on small and middling data alone (Zaken et al., 2022, arXiv 2106.10199), and this base has biases "
-        "at queries, keys and values only",
+        "A vector a layer rescales or shifts features that are there, and makes no new ones. BitFit is level "
+        "with full fine-tuning on small and middling data alone (Zaken et al., 2022, arXiv 2106.10199), and "
+        "this base has biases at queries, keys and values only",
     ),
     (
         ("layers",),
         (NEW, TOLD),
-        "What the frozen first layers do not find, the last ones cannot use: which layers are worth training goes "
-        "by what has changed, the first ones for a change of the input (Lee et al., 2022, arXiv 2210.11466). That the "
-        "last quarter is nearly enough (Lee et al., 2019, arXiv 1911.03090) was seen in models of 12 and 24 layers; here it "
-        "is two of four",
+        "What the frozen first layers do not find, the last ones cannot use: which layers are worth training "
+        "goes by what has changed, the first ones for a change of the input (Lee et al., 2022, arXiv "
+        "2210.11466). That the last quarter is nearly enough (Lee et al., 2019, arXiv 1911.03090) was seen in "
+        "models of 12 and 24 layers; here it is two of four",
     ),
     (
         ("ladder",),
         (NEW, TOLD),
-        "The side network is a transformer that starts from random weights and sees 4,000 rows; the paper's starts "
-        "from weights cut out of the base (Sung et al., 2022, arXiv 2206.06522)",
+        "The side network is a transformer that starts from random weights and sees 4,000 rows; the paper's "
+        "starts from weights cut out of the base (Sung et al., 2022, arXiv 2206.06522)",
     ),
 )

@@ -170,7 +170,7 @@ def _spelled(found: Mapping[str, Sequence[Low]]) -> Iterator[str]:
     for names, tasks, reason in REASONS:
         told = {(name, place) for name, place in left if name in names and place[1] in tasks}
         if told:
-            where = {name: [place for place in found[name] if (name, place) in told] for name in names}
+            where = {name: [place for place in found[name] if (name, place) in told] for name in names if name in found}
             yield f"* {'; '.join(f'`{name}` {_places(places)}' for name, places in where.items() if places)}. {reason}."
         left -= told
     for name, place in sorted(left):
