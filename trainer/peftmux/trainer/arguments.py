@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ def checked_learning_rate(value: object) -> float:
 
 def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_rate: float) -> TrainingArguments:
     """`learning_rate` is the method's default. Raises OptionError for an unknown name or a refused value."""
+    check_launcher(os.environ)
     values = {**_defaults(options, given), "learning_rate": learning_rate, **given, "remove_unused_columns": False}
     values["learning_rate"] = checked_learning_rate(values["learning_rate"])
     if "warmup_ratio" in values:
@@ -48,6 +50,18 @@ def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_r
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process takes one GPU; torchrun or accelerate launch takes them all
     return args
+
+
+def check_launcher(environ: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes N` starts one process, and says so nowhere.
+
+    Raises OptionError with what starts N: a run of a smaller batch than was asked for would look like any other.
+    """
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    asked = "MASTER_ADDR" in environ and environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if asked and not any(name in environ for name in ranks):
+        message = "with --cpu starts one process only; several on CPUs: give --multi_gpu in its place, or use torchrun"
+        raise OptionError("accelerate launch", message)
 
 
 def reported_arguments(args: TrainingArguments, given: Mapping[str, Any]) -> dict[str, object]:

@@ -64,7 +64,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
         print(run_sweep(spec, given).table())
         return 0
     result = run_training(spec.method, spec.options, spec.config, spec.training)
-    if result.steps:
+    if result.digest:
         print(f"{name} adapter after {result.steps} steps: {result.out}")
     return 0
 

@@ -43,6 +43,7 @@ PREFERENCE_RATE = 0.1
 class TrainResult:
     """What a run leaves. `model` is live, in evaluation mode, and computes with `adapter`; `digest` names the content.
 
+    Of several processes the first one writes the adapter; in the others the digest is "".
     metrics: the Trainer's own (train_loss, train_runtime in seconds, eval_loss, ...). After a dry run: steps 0, and the
     estimate in bytes (peak_bytes, ...).
     """
@@ -68,10 +69,13 @@ def run_training(
     Nothing is at `options.out` before the run has succeeded. Raises TrainerError for bad options or data.
     """
     ready = prepare(method, options, config, training, lambda: load_base(options))
-    print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
+    first = ready.args.process_index == 0
+    if first:
+        print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
     if options.dry_run:
         estimate = estimate_run(ready)
-        print(estimate.text(), file=sys.stderr)
+        if first:
+            print(estimate.text(), file=sys.stderr)
         metrics = estimate.metrics()
         return TrainResult(Path(options.out), "", 0, metrics, ready.model, ready.tokenizer, ready.adapter)
     trainer = make_trainer(ready, callbacks)

@@ -60,6 +60,9 @@ class JobRun:
             ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer))
         except TrainerError as error:
             raise OptionError("jobs", f"{spec.name}: {error}") from None
+        if ready.args.world_size > 1:
+            message = f"are trained in one process, got {ready.args.world_size}: give each its own file of jobs"
+            raise OptionError("jobs", message)
         self._prepared[spec.name] = ready
         return Job(spec.name, make_trainer(ready))
 
