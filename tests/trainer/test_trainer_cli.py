@@ -193,3 +193,29 @@ def test_bad_data_ends_a_run_with_file_and_line(qwen2: Path, tmp_path: Path, cap
     data.write_text('{"text": "a"}\n{"text": 1}\n')
     assert main(["lora", "--model", str(qwen2), "--data", str(data), "--out", str(tmp_path / "a")]) == 1
     assert capsys.readouterr().err == f"peftmux train: {data}:2: column 'text': expected a string, found a number\n"
+
+
+def test_tensorboard_gets_the_log(qwen2: Path, rows: Path, tmp_path: Path):
+    """Beside the adapter, as transformers lays it out; what makes the best adapter come back is not left there."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    words = ["--model", str(qwen2), "--data", str(rows), "--logging-steps", "1", "--report-to", "tensorboard"]
+    assert main(["lora", *words, "--out", str(tmp_path / "a"), "--max-steps", "3"]) == 0
+    (run,) = (tmp_path / "a.logs" / "runs").iterdir()
+    log = events.EventAccumulator(str(run))
+    log.Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3]
+    stopping = ["--eval-data", str(rows), "--early-stopping-patience", "1", "--max-steps", "2", "--eval-steps", "1"]
+    assert main(["lora", *words, "--out", str(tmp_path / "b"), *stopping, "--eval-strategy", "steps"]) == 0
+    assert [path.name for path in (tmp_path / "b.checkpoints").iterdir()] == ["runs"]
+
+
+def test_a_tracker_that_is_not_there_is_refused(
+    qwen2: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    words = ["lora", "--model", str(qwen2), "--data", str(rows), "--out", str(tmp_path / "a"), "--report-to"]
+    monkeypatch.setattr("peftmux.trainer.arguments.get_available_reporting_integrations", list)
+    assert main([*words, "tensorboard"]) == 1
+    assert "report-to: tensorboard is not installed: pip install tensorboard" in capsys.readouterr().err
+    assert main([*words, "tensorbored"]) == 1
+    assert "got 'tensorbored'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

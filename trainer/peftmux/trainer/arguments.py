@@ -6,11 +6,13 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.options import RunOptions
@@ -40,13 +42,12 @@ def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_r
     values["learning_rate"] = checked_learning_rate(values["learning_rate"])
     if "warmup_ratio" in values:
         values["warmup_steps"] = _warmup_share(values.pop("warmup_ratio"))
-    saves = options.resume or str(values["save_strategy"]) != "no"
-    # Without checkpoints the Trainer writes nothing, but wants a folder that exists.
-    values.setdefault("output_dir", f"{options.out}.checkpoints" if saves else tempfile.gettempdir())
+    values.setdefault("output_dir", _output_dir(options, values))
     try:
         args = TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise OptionError("training arguments", str(error)) from error
+    _check_reports(args.report_to)
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process takes one GPU; torchrun or accelerate launch takes them all
     return args
@@ -68,6 +69,25 @@ def reported_arguments(args: TrainingArguments, given: Mapping[str, Any]) -> dic
     """What a reader needs to train the same again."""
     names = dict.fromkeys([*REPORTED, *(name for name in given if hasattr(args, name) and name != "output_dir")])
     return {name: getattr(value := getattr(args, name), "value", value) for name in names}
+
+
+def _output_dir(options: RunOptions, values: Mapping[str, Any]) -> str:
+    """What the Trainer writes beside the adapter: checkpoints, and in `runs` what TensorBoard reads."""
+    if options.resume or str(values["save_strategy"]) != "no":
+        return f"{options.out}.checkpoints"
+    if values["report_to"] not in ("none", ["none"], []):
+        return f"{options.out}.logs"
+    return tempfile.gettempdir()  # nothing is written, but the Trainer wants a folder that exists
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """Raises OptionError for a tracker that transformers does not know, or whose library is not installed."""
+    known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise OptionError("report-to", f"expected none, all or some of {', '.join(known)}; got {name!r}")
+        if name not in installed:
+            raise OptionError("report-to", f"{name} is not installed: pip install {name}, or give --report-to none")
 
 
 def _defaults(options: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:

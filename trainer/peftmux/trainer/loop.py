@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -82,7 +83,7 @@ def run_training(
     metrics = _train(trainer, options)
     digest = finish(ready, metrics)
     if options.early_stopping_patience and not {"save_strategy", "output_dir"} & training.keys():
-        shutil.rmtree(ready.args.output_dir or "", ignore_errors=True)  # written only to come back to the best
+        _remove_checkpoints(Path(ready.args.output_dir or "."))  # written only to come back to the best
     steps = trainer.state.global_step
     return TrainResult(Path(options.out), digest, steps, metrics, ready.model, ready.tokenizer, ready.adapter)
 
@@ -201,6 +202,14 @@ def _check_finite(adapter: AttachedAdapter) -> None:
     for name, parameter in adapter.parameters.items():
         if not parameter.isfinite().all():
             raise TrainerError(f"the run diverged ({name} is not finite): nothing written; try a lower learning rate")
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """The folder goes too, unless a tracker has written there."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _train(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:
