@@ -37,7 +37,7 @@ class Size:
 
     def job_steps(self, rows: int, tokens: int) -> int:
         """Fewer where they are longer."""
-        return max(4, min(10, 1000 // (rows * tokens)))
+        return max(5, min(12, 1000 // (rows * tokens)))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

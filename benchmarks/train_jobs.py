@@ -10,21 +10,25 @@ from typing import Any
 
 from benchmarks.train_inputs import Size
 from peftmux.trainer.jobs.file import JobSpec, job_spec
+from peftmux.trainer.jobs.job import Job
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.jobs.together import Together
 
 
 class Timed(Together):
-    """Counts its rounds' seconds after the first round."""
+    """Notes when each round begins. The first is not counted; everything that a job does between rounds is."""
 
-    seconds = 0.0
-    rounds = 0
+    def __init__(self, model: Any, pad_id: int) -> None:
+        super().__init__(model, pad_id)
+        self._begun: list[float] = []
 
-    def round(self) -> None:
-        started = time.perf_counter()
-        super().round()
-        self.seconds += (time.perf_counter() - started) if self.rounds else 0.0
-        self.rounds += 1
+    @property
+    def seconds(self) -> float:
+        return self._begun[-1] - self._begun[1]
+
+    def round(self, jobs: Sequence[Job]) -> None:
+        self._begun.append(time.perf_counter())
+        super().round(jobs)
 
 
 def compare_jobs(folder: Path, size: Size, rows: int, tokens: int, rounds: int) -> dict[str, Any]:

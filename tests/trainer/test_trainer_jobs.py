@@ -97,7 +97,7 @@ def test_jobs_join_while_others_run(qwen2: Path, few: Path, tmp_path: Path):
         asked += 1
         if asked == 2:
             jobs_file(tmp_path, qwen2, few, SPECS[:2])
-        return file.new_jobs()
+        return file.changes()
 
     results = JobRun(file.read(), more).run()
     assert results.keys() == {"lora", "dora"}

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.options import RunOptions
@@ -47,7 +49,7 @@ def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_r
         args = TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise OptionError("training arguments", str(error)) from error
-    _check_reports(args.report_to)
+    _check_reports(args.report_to if isinstance(args.report_to, list) else [])  # a list once it is checked
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process takes one GPU; torchrun or accelerate launch takes them all
     return args

@@ -37,7 +37,7 @@ def _overview(argv: Sequence[str]) -> int:
 
     asked = bool(argv) and argv[0] in ("-h", "--help")
     lines = ["usage: peftmux train METHOD --model M --data D.jsonl --out DIR [options]"]
-    lines += ["       peftmux train --jobs FILE.yaml [--watch]", "", "methods:"]
+    lines += ["       peftmux train --jobs FILE.yaml [--watch] [--resume]", "", "methods:"]
     lines += [f"  {m.name:<12} {m.summary}" for m in METHODS.values()]
     lines += ["", "peftmux train METHOD --help lists a method's options."]
     if argv and not asked:
@@ -70,15 +70,19 @@ def _run(name: str, argv: Sequence[str]) -> int:
 
 
 def _run_jobs(argv: Sequence[str]) -> int:
-    from peftmux.trainer.jobs.file import JobsFile
+    from peftmux.trainer.jobs.file import Changes, JobsFile, resumed
     from peftmux.trainer.jobs.run import JobRun
 
     parser = argparse.ArgumentParser(prog="peftmux train", description="Train many adapters on one base at once.")
     parser.add_argument("--jobs", metavar="FILE", required=True, help="YAML: defaults, and a list of jobs")
-    parser.add_argument("--watch", action="store_true", help="jobs added to the file while it runs join")
+    parser.add_argument(
+        "--watch", action="store_true", help="jobs added to the file meanwhile join, removed ones leave"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out what is done, go on from checkpoints")
     args = parser.parse_args(argv)
     file = JobsFile(args.jobs)
-    run = JobRun(file.read(), file.new_jobs if args.watch else lambda: ())
+    specs = resumed(file.read()) if args.resume else file.read()
+    run = JobRun(specs, file.changes if args.watch else Changes)
     for name, result in run.run().items():
         print(f"{name}: {result.steps} steps, loss {result.metrics['train_loss']:.4g}: {result.out}")
     for name, message in run.failed.items():

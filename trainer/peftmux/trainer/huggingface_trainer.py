@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host import Host
 from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
 
@@ -36,6 +38,9 @@ class AdapterTrainer(Trainer):
         self.adapter = adapter
         self.run = run
         self.preference = preference
+        self.shared_pass: Callable[[dict[str, Any], Any], torch.Tensor] | None = None
+        """Makes a micro-batch's pass and returns its loss, in the place of this Trainer, whose model has adapters of
+        others too."""
         with _known_to_have_adapters(kwargs["model"]):
             super().__init__(**kwargs)
         if preference is not None:
@@ -59,11 +64,26 @@ class AdapterTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
             loss, outputs = self._preference_loss(model, inputs)
-        added = self.adapter.regulariser() if model.training else None
-        if added is not None:
-            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            loss = loss + (added / self.current_gradient_accumulation_steps if scaled else added)
+        if model.training:
+            loss = self.regularised(loss, self.model_accepts_loss_kwargs and num_items_in_batch is not None)
         return (loss, outputs) if return_outputs else loss
+
+    def regularised(self, loss: torch.Tensor, scaled: bool) -> torch.Tensor:
+        """With what the method adds. scaled: the micro-batches' losses add up to the step's; they are averaged else."""
+        added = self.adapter.regulariser()
+        if added is None:
+            return loss
+        return loss + (added / self.current_gradient_accumulation_steps if scaled else added)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.shared_pass is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return self.shared_pass(self._prepare_inputs(inputs), num_items_in_batch)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        alone = Host.of(self.model).only(self.adapter.key) if self.shared_pass is not None else nullcontext()
+        with alone:
+            return super().evaluate(*args, **kwargs)
 
     def _preference_loss(self, model: Any, inputs: Any) -> Any:
         preference = self.preference
@@ -134,10 +154,14 @@ class AdapterSteps(TrainerCallback):
 class PlainLog(TrainerCallback):
     """One line per log where there is no terminal for a progress bar."""
 
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             values = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in logs.items())
-            print(f"step {state.global_step}/{state.max_steps} {values}", file=sys.stderr, flush=True)
+            tqdm.write(f"{self._prefix}step {state.global_step}/{state.max_steps} {values}", file=sys.stderr)
+            sys.stderr.flush()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

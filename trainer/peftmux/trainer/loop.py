@@ -80,10 +80,8 @@ def run_training(
         metrics = estimate.metrics()
         return TrainResult(Path(options.out), "", 0, metrics, ready.model, ready.tokenizer, ready.adapter)
     trainer = make_trainer(ready, callbacks)
-    metrics = _train(trainer, options)
+    metrics = train_and_evaluate(trainer, options)
     digest = finish(ready, metrics)
-    if options.early_stopping_patience and not {"save_strategy", "output_dir"} & training.keys():
-        _remove_checkpoints(Path(ready.args.output_dir or "."))  # written only to come back to the best
     steps = trainer.state.global_step
     return TrainResult(Path(options.out), digest, steps, metrics, ready.model, ready.tokenizer, ready.adapter)
 
@@ -159,6 +157,8 @@ def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
     digest = export_adapter(ready.adapter, ready.options.model, ready.options.out, model_card(facts))
     if ready.options.publish:
         publish(ready.options.out, ready.options.publish)
+    if ready.options.early_stopping_patience and not {"save_strategy", "output_dir"} & ready.training.keys():
+        _remove_checkpoints(Path(ready.args.output_dir or "."))  # written only to come back to the best
     return digest
 
 
@@ -212,7 +212,8 @@ def _remove_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def _train(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:
+def train_and_evaluate(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:
+    """From the start, or from the newest checkpoint where `options` say so. Returns the Trainer's metrics."""
     checkpoint = None
     if options.resume:
         folder = Path(trainer.args.output_dir or ".")

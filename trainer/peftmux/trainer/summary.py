@@ -16,9 +16,11 @@ def trainable_summary(adapter: AttachedAdapter, base_parameters: int) -> str:
         kind = re.sub(r"\b\d+\b", "*", name)
         counts[kind] += 1
         sizes[kind] += size
-    total = sum(sizes.values())
     width = max(map(len, sizes))
     lines = [f"  {kind:<{width}}  {counts[kind]:>4} places  {size:>12,}" for kind, size in sizes.items()]
-    share = 100 * total / base_parameters
-    footer = f"trainable parameters: {total:,} ({share:.2f} % of {base_parameters:,})"
-    return "\n".join([f"{adapter.kind}:", *lines, *adapter.notes, footer])
+    return "\n".join([f"{adapter.kind}:", *lines, *adapter.notes, trainable_parameters(adapter, base_parameters)])
+
+
+def trainable_parameters(adapter: AttachedAdapter, base_parameters: int) -> str:
+    total = sum(adapter.sites().values())
+    return f"trainable parameters: {total:,} ({100 * total / base_parameters:.2f} % of {base_parameters:,})"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 
 from peftmux.trainer.config_file import flags
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.huggingface_trainer import newest_checkpoint
 from peftmux.trainer.methods import Method, get_method
 from peftmux.trainer.options import RunOptions, build_config
 
@@ -28,8 +29,16 @@ class JobSpec:
     training: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Jobs that come, and the names of jobs that are to go."""
+
+    joined: Sequence[JobSpec] = ()
+    left: Collection[str] = ()
+
+
 class JobsFile:
-    """A jobs file that may grow while its jobs run."""
+    """A jobs file that may change while its jobs run: an entry that is added joins, one that is taken out leaves."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -43,17 +52,18 @@ class JobsFile:
         self._known = {spec.name for spec in specs}
         return specs
 
-    def new_jobs(self) -> list[JobSpec]:
-        """Jobs that have come since the last call; [] where the file has not changed, or is not readable just now."""
+    def changes(self) -> Changes:
+        """Since the last call; none where the file has not changed, or cannot be read just now, which is said."""
         now = self._signature()
         if now is None or now == self._seen:
-            return []
+            return Changes()
         known = self._known
         try:
-            return [spec for spec in self.read() if spec.name not in known]
+            specs = self.read()
         except OptionError as error:
             print(f"peftmux train: {error}", file=sys.stderr, flush=True)
-            return []
+            return Changes()
+        return Changes([spec for spec in specs if spec.name not in known], known - self._known)
 
     def _signature(self) -> tuple[int, int] | None:
         try:
@@ -110,6 +120,20 @@ def split_options(name: str, method: Method, values: dict[str, Any]) -> JobSpec:
     run = {f.name: values.pop(f.name) for f in dataclasses.fields(RunOptions) if f.name in values}
     own = {f.name: values.pop(f.name) for f in dataclasses.fields(method.config_class) if f.name in values}
     return JobSpec(name, method, build_config(RunOptions, run), build_config(method.config_class, own), values)
+
+
+def resumed(specs: Sequence[JobSpec]) -> list[JobSpec]:
+    """The jobs that are not done yet; each goes on from its newest checkpoint, or begins where it has none."""
+    left = []
+    for spec in specs:
+        out = Path(spec.options.out)
+        if (out / "adapter_config.json").exists():
+            print(f"{spec.name}: done before: {out}", file=sys.stderr, flush=True)
+            continue
+        folder = Path(spec.training.get("output_dir") or f"{out}.checkpoints")
+        resume = newest_checkpoint(folder) is not None
+        left.append(replace(spec, options=replace(spec.options, resume=resume)))
+    return left
 
 
 def common_base(specs: Sequence[JobSpec]) -> RunOptions:

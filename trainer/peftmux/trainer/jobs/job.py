@@ -1,113 +1,183 @@
-"""One job: its own data order, optimiser and schedule, as a run of its own would have them."""
+"""One job: its own Trainer's loop, halted wherever it needs a pass of the model, which it shares with other jobs."""
 
 from __future__ import annotations
 
-import math
-import time
+import random
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import set_seed
 
-from peftmux.trainer.data.encode import IGNORED
-from peftmux.trainer.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.huggingface_trainer import PlainLog
+from peftmux.trainer.loop import train_and_evaluate
+from peftmux.trainer.prepared import Prepared, make_trainer
+
+_ALONE = (
+    *("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "torch_compile", "auto_find_batch_size"),
+    *("neftune_noise_alpha", "label_smoothing_factor"),
+)
+"""Training arguments that change the pass, which is not one job's own."""
+
+
+class Stopped(BaseException):
+    """Raised inside of a job's loop that is not to go on."""
 
 
 class Job:
-    """Drives an AdapterTrainer's parts from outside, one micro-batch at a time.
+    """The loop of `AdapterTrainer.train` in a thread of its own, of which only one runs at a time.
 
-    The order of the data, the optimiser, the schedule, the clipping and the weighting of accumulated micro-batches are
-    those of `AdapterTrainer.train`; only the forward and the backward are shared with other jobs.
+    Data, optimiser, schedule, clipping, logs, checkpoints, evaluation and early stopping are the Trainer's, as in a run
+    of the job alone. While the loop runs (`advance`) the process's random state and its parameters' gradients are the
+    job's own; between turns they are kept here. `dropout` alone is drawn by the shared pass.
     """
 
-    def __init__(self, name: str, trainer: AdapterTrainer) -> None:
+    def __init__(self, name: str, ready: Prepared) -> None:
+        """Raises OptionError for what only a run of its own can do."""
         self.name = name
-        self.trainer = trainer
-        self.adapter = trainer.adapter
-        self.step = 0
-        args = trainer.args
-        set_seed(args.seed)
-        self._loader = trainer.get_train_dataloader()
-        self._accumulate = args.gradient_accumulation_steps
-        batches = len(self._loader)
-        steps_per_epoch = max(math.ceil(batches / self._accumulate), 1)
-        self.total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-        trainer.create_optimizer_and_scheduler(self.total_steps)
-        self._batches = self._endless()
-        self._pending: list[dict[str, Any]] = []
-        self._items = 0
-        self._taken: dict[str, Any] = {}
-        self._share = 1
-        self._losses: list[Tensor] = []
-        self._started = time.monotonic()
+        self.ready = ready
+        self.adapter = ready.adapter
+        _check(ready)
+        ready.args.disable_tqdm = True
+        self.trainer = make_trainer(ready)
+        self.trainer.shared_pass = self._ask
+        self.trainer.remove_callback(PlainLog)
+        self.trainer.add_callback(PlainLog(f"{name}: "))
+        self.batch: dict[str, Any] | None = None
+        """The micro-batch that a pass is wanted for, as the collator made it; None: the loop has ended."""
+        self.metrics: dict[str, float] = {}
+        self._items: Any = None
+        self._result: Tensor | None = None
+        self._stop = False
+        self._error: BaseException | None = None
+        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, name=f"job {name}", daemon=True)
+        self._random = _random_state()
+        self._gradients: dict[str, Tensor | None] = {}
 
     @property
-    def done(self) -> bool:
-        return self.step >= self.total_steps
+    def step(self) -> int:
+        return self.trainer.state.global_step
 
-    def next_batch(self) -> dict[str, Any]:
-        """The next micro-batch, as the collator made it; a step's micro-batches are counted when its first is taken."""
-        if not self._pending:
-            self._pending = next(self._batches)
-            self._share = len(self._pending)
-            self._items = sum(int((b["labels"][..., 1:] != IGNORED).sum()) for b in self._pending)
-            self.adapter.before_step(self.step, self.total_steps)
-        self._taken = self._pending.pop(0)
-        return self._taken
+    @property
+    def total_steps(self) -> int:
+        """0 before the first turn."""
+        return self.trainer.state.max_steps
+
+    def advance(self) -> bool:
+        """Let the loop run until it wants the next pass (True) or has ended (False). Raises what the loop raised."""
+        self.batch = None
+        with self._own_state():
+            if self._thread.ident is None:
+                self._thread.start()
+            else:
+                self._turn.release()
+            self._back.acquire()
+        if self._error is not None:
+            raise self._error
+        return self.batch is not None
+
+    def close(self) -> None:
+        """End a loop that is halted; nothing more is written."""
+        self._stop = True
+        if self._thread.is_alive():
+            self._turn.release()
+            self._thread.join()
 
     def loss(self, function: Callable[..., Tensor], logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
         """This micro-batch's part of the step's loss. function: the model's own. logits: [B, K, V], labels: [B, K]."""
-        scaled = self.trainer.model_accepts_loss_kwargs
-        items = {"num_items_in_batch": torch.tensor(self._items, device=logits.device)} if scaled else {}
-        if self.trainer.preference is None:
+        trainer, batch = self.trainer, self.batch
+        assert batch is not None
+        scaled = trainer.model_accepts_loss_kwargs and self._items is not None
+        if trainer.preference is None:
+            items = {"num_items_in_batch": self._items} if scaled else {}
             loss = function(logits=logits, labels=labels, vocab_size=vocab_size, **items)
         else:
-            loss = self.trainer.preference.loss(logits, labels, self._taken)
-        added = self.adapter.regulariser()
-        if added is not None:
-            loss = loss + (added / self._share if scaled else added)
-        loss = loss if scaled else loss / self._share
-        self._losses.append(loss.detach())
+            loss = trainer.preference.loss(logits, labels, batch)
+        loss = trainer.regularised(loss, scaled)
+        loss = loss if scaled else loss / trainer.current_gradient_accumulation_steps
+        self._result = loss.detach()
         return loss
 
-    def after_backward(self) -> None:
-        """Moves the optimiser where this was a step's last micro-batch."""
-        if self._pending:
-            return
-        trainer, parameters = self.trainer, list(self.adapter.parameters.values())
-        if trainer.args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
-        self.adapter.after_backward(self.step, self.total_steps)
-        assert trainer.optimizer is not None
-        assert trainer.lr_scheduler is not None
-        trainer.optimizer.step()
-        self.adapter.after_step(self.step, self.total_steps)
-        trainer.lr_scheduler.step()
-        for parameter in parameters:
-            parameter.grad = None
-        self.step += 1
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Within it the parameters' gradients are there, for a backward to add to."""
+        parameters = self.adapter.parameters
+        for name, parameter in parameters.items():
+            parameter.grad = self._gradients.get(name)
+        try:
+            yield
+        finally:
+            self._gradients = {name: parameter.grad for name, parameter in parameters.items()}
+            for parameter in parameters.values():
+                parameter.grad = None
 
-    def mean_loss(self) -> float:
-        """Over the steps so far."""
-        return float(torch.stack(self._losses).sum()) / max(self.step, 1) if self._losses else math.nan
+    @contextmanager
+    def _own_state(self) -> Iterator[None]:
+        outside = _random_state()
+        _set_random_state(self._random)
+        try:
+            with self.gradients():  # the loop clears the gradients of everything in the model
+                yield
+        finally:
+            self._random = _random_state()
+            _set_random_state(outside)
 
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
+    def _run(self) -> None:
+        try:
+            self.metrics = train_and_evaluate(self.trainer, self.ready.options)
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.batch = None
+            self._back.release()
 
-    def _endless(self) -> Iterator[list[dict[str, Any]]]:
-        """The micro-batches of each optimiser step, epoch after epoch."""
-        epoch = 0
-        while True:
-            if hasattr(self._loader, "set_epoch"):
-                self._loader.set_epoch(epoch)
-            batches: list[dict[str, Any]] = []
-            for batch in self._loader:
-                batches.append(batch)
-                if len(batches) == self._accumulate:
-                    yield batches
-                    batches = []
-            if batches:
-                yield batches
-            epoch += 1
+    def _ask(self, batch: dict[str, Any], items: Any) -> Tensor:
+        """In the loop: halt until the pass over `batch` is done. Returns its loss."""
+        shared = self.trainer.accelerator.gradient_state  # one for all Trainers of a process
+        last = shared.sync_gradients
+        self.batch, self._items = batch, items
+        self._back.release()
+        self._turn.acquire()
+        if self._stop:
+            raise Stopped
+        shared._set_sync_gradients(last)
+        assert self._result is not None
+        return self._result
+
+
+def _check(ready: Prepared) -> None:
+    if ready.options.packing:
+        raise OptionError("packing", "is for a run of its own")
+    if ready.options.dry_run:
+        raise OptionError("dry-run", "is for a run of its own")
+    if ready.args.world_size > 1:
+        message = f"are trained in one process, got {ready.args.world_size}: give each its own file of jobs"
+        raise OptionError("jobs", message)
+    for name in _ALONE:
+        if getattr(ready.args, name, None):
+            raise OptionError(name.replace("_", "-"), "changes the pass that jobs share: is for a run of its own")
+
+
+_RandomState = tuple[Any, Any, Tensor, list[Tensor]]
+
+
+def _random_state() -> _RandomState:
+    """Of Python, numpy and torch."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: _RandomState) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)

@@ -9,94 +9,103 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import Trainer
 
 from peftmux.trainer.base_model import load_base
 from peftmux.trainer.errors import OptionError, TrainerError
-from peftmux.trainer.host import Host
-from peftmux.trainer.jobs.file import JobSpec, common_base
+from peftmux.trainer.jobs.file import Changes, JobSpec, common_base
 from peftmux.trainer.jobs.job import Job
 from peftmux.trainer.jobs.together import Together
 from peftmux.trainer.loop import TrainResult, finish, prepare
-from peftmux.trainer.prepared import Prepared, make_trainer
+from peftmux.trainer.summary import trainable_parameters
 
 
 @dataclass(slots=True)
 class JobRun:
-    """Jobs on one base. `results` holds those that are done, `failed` the messages of those that could not go on."""
+    """Jobs on one base. `results` holds those that are done, `failed` why others ended without an adapter."""
 
     specs: Sequence[JobSpec]
-    more: Callable[[], Sequence[JobSpec]] = lambda: ()
-    """Asked between rounds for jobs that join."""
+    changes: Callable[[], Changes] = Changes
+    """Asked between rounds."""
     together: Callable[[Any, int], Together] = Together
-    """What runs their rounds, of the model and the padding's id."""
+    """What makes the passes, of the model and the padding's id."""
     results: dict[str, TrainResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    _prepared: dict[str, Prepared] = field(default_factory=dict)
 
     def run(self) -> dict[str, TrainResult]:
-        """Train all of them. Every job's options and data are checked before the first step; TrainerError names it."""
+        """Train all of them. Every job's options and data are checked before the first step; TrainerError names it.
+
+        A job that fails later, or joins and cannot be begun, does not stop the others.
+        """
+        if not self.specs:
+            return self.results
         model, tokenizer = load_base(common_base(self.specs))
-        jobs = [self._start(spec, model, tokenizer) for spec in self.specs]
-        pad_id = next(iter(self._prepared.values())).tokenizer.pad_token_id or 0
-        with _Progress(jobs) as progress:
-            together = self.together(model, pad_id)
-            together.jobs = list(jobs)
-            while together.jobs:
-                together.round()
-                progress.show(together.jobs)
-                for job in [job for job in together.jobs if job.done]:
-                    together.jobs.remove(job)
-                    self._finish(job)
-                for spec in self.more():
-                    common_base([*self.specs, spec])
-                    together.jobs.append(self._start(spec, model, tokenizer))
+        jobs: list[Job] = []
+        try:
+            for spec in self.specs:
+                jobs.append(_start(spec, model, tokenizer))
+            with _Progress() as progress:
+                together = self.together(model, tokenizer.pad_token_id or 0)
+                jobs[:] = [job for job in jobs if self._advance(job)]
+                while jobs:
+                    together.round(jobs)
+                    jobs[:] = [job for job in jobs if self._advance(job)]
+                    progress.show(jobs)
+                    self._change(jobs, model, tokenizer)
+        finally:
+            for job in jobs:
+                job.close()
         return self.results
 
-    def _start(self, spec: JobSpec, model: Any, tokenizer: Any) -> Job:
-        if spec.options.packing:
-            raise OptionError("jobs", f"{spec.name}: packing is for a run of its own")
+    def _advance(self, job: Job) -> bool:
+        """Whether it goes on. One that has ended is written; one that cannot go on does not stop the others."""
         try:
-            ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer))
-        except TrainerError as error:
-            raise OptionError("jobs", f"{spec.name}: {error}") from None
-        if ready.args.world_size > 1:
-            message = f"are trained in one process, got {ready.args.world_size}: give each its own file of jobs"
-            raise OptionError("jobs", message)
-        self._prepared[spec.name] = ready
-        return Job(spec.name, make_trainer(ready))
-
-    def _finish(self, job: Job) -> None:
-        """Evaluate and write one job; one that diverged does not stop the others."""
-        ready = self._prepared[job.name]
-        metrics = {"train_loss": job.mean_loss(), "train_runtime": job.seconds()}
-        if ready.eval_data:
-            with Host.of(ready.model).only(job.adapter.key):
-                metrics |= _evaluate(job.trainer)
-        try:
-            digest = finish(ready, metrics)
-        except TrainerError as error:
+            if job.advance():
+                return True
+            digest = finish(job.ready, job.metrics)
+        except (TrainerError, OSError) as error:
             self.failed[job.name] = str(error)
         else:
-            out = Path(ready.options.out)
+            out, ready = Path(job.ready.options.out), job.ready
             self.results[job.name] = TrainResult(
-                out, digest, job.step, metrics, ready.model, ready.tokenizer, job.adapter
+                out, digest, job.step, job.metrics, ready.model, ready.tokenizer, job.adapter
             )
         job.adapter.detach()
+        return False
+
+    def _change(self, jobs: list[Job], model: Any, tokenizer: Any) -> None:
+        changes = self.changes()
+        for job in [job for job in jobs if job.name in changes.left]:
+            jobs.remove(job)
+            job.close()
+            job.adapter.detach()
+            self.failed[job.name] = f"taken out after {job.step} of {job.total_steps} steps: no adapter written"
+        for spec in changes.joined:
+            try:
+                common_base([*self.specs, spec])
+                job = _start(spec, model, tokenizer)
+            except TrainerError as error:
+                self.failed[spec.name] = str(error)
+            else:
+                if self._advance(job):
+                    jobs.append(job)
 
 
-def _evaluate(trainer: Trainer) -> dict[str, float]:
-    metrics = trainer.evaluate()
-    return {name: value for name, value in metrics.items() if name not in ("total_flos", "epoch")}
+def _start(spec: JobSpec, model: Any, tokenizer: Any) -> Job:
+    try:
+        ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer))
+        job = Job(spec.name, ready)
+    except TrainerError as error:
+        raise OptionError("jobs", f"{spec.name}: {error}") from None
+    print(f"{spec.name}: {trainable_parameters(ready.adapter, ready.base_parameters)}", file=sys.stderr)
+    return job
 
 
 class _Progress:
-    """A bar over all steps of all jobs where there is a terminal, a line now and then where there is none."""
+    """A bar over all steps of all jobs, where there is a terminal."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._bar = tqdm(total=sum(job.total_steps for job in jobs), unit="step", disable=not sys.stderr.isatty())
-        self._done = 0
-        self._rounds = 0
+    def __init__(self) -> None:
+        self._bar = tqdm(unit="step", disable=not sys.stderr.isatty())
+        self._steps: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> _Progress:
         return self
@@ -105,10 +114,10 @@ class _Progress:
         self._bar.close()
 
     def show(self, jobs: Sequence[Job]) -> None:
-        self._rounds += 1
-        if not self._bar.disable:
-            self._bar.set_postfix({job.name: f"{job.mean_loss():.3f}" for job in jobs[:4]}, refresh=False)
-            self._bar.update(len(jobs))
-        elif self._rounds % 10 == 0:
-            words = " ".join(f"{job.name}={job.step}/{job.total_steps}:{job.mean_loss():.4g}" for job in jobs)
-            print(f"round {self._rounds} {words}", file=sys.stderr, flush=True)
+        """jobs: those that go on."""
+        ended = self._steps.keys() - {job.name for job in jobs}
+        self._steps |= {name: (total, total) for name, (_, total) in self._steps.items() if name in ended}
+        self._steps |= {job.name: (job.step, job.total_steps) for job in jobs}
+        self._bar.total = sum(total for _, total in self._steps.values())
+        self._bar.set_postfix({"jobs": len(jobs)}, refresh=False)
+        self._bar.update(sum(step for step, _ in self._steps.values()) - self._bar.n)

@@ -1,9 +1,10 @@
-"""A round of jobs: one micro-batch of every job, one forward, one backward, each optimiser by itself."""
+"""Passes that jobs share: one forward and one backward over micro-batches of several of them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -13,26 +14,35 @@ from peftmux.trainer.jobs.batch import JoinedBatch, join
 from peftmux.trainer.jobs.job import Job
 from peftmux.trainer.objective import replaced_loss
 
+CPU_TOKENS, DEVICE_TOKENS = 512, 16384
+"""As many tokens, padding included, share a pass. Past it nothing is gained: the weights' bytes no longer decide, and
+a larger batch needs more memory and leaves the processor's caches."""
+
 
 class Together:
-    """Jobs that share one model. They join and leave between rounds."""
+    """The passes of jobs on one model."""
 
     def __init__(self, model: Any, pad_id: int) -> None:
         self._model = model
         self._pad_id = pad_id
         self._crop = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.jobs: list[Job] = []
+        self._most = CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
 
-    def round(self) -> None:
-        """One micro-batch of every job."""
-        jobs = list(self.jobs)
-        batch = join([job.next_batch() for job in jobs], self._pad_id)
+    def round(self, jobs: Sequence[Job]) -> None:
+        """A pass over the micro-batch that each job wants one for; its gradients and its loss are with it then."""
         self._model.train()
+        for group in grouped([_size(job) for job in jobs], self._most):
+            self._pass([jobs[i] for i in group])
+
+    def _pass(self, jobs: Sequence[Job]) -> None:
+        batch = join([job.batch for job in jobs if job.batch is not None], self._pad_id)
         host = Host.of(self._model)
-        with host.rows({job.adapter.key: rows for job, rows in zip(jobs, batch.rows, strict=True)}):
+        with ExitStack() as stack:
+            for job in jobs:
+                stack.enter_context(job.gradients())
+            counts = {job.adapter.key: rows for job, rows in zip(jobs, batch.rows, strict=True)}
+            stack.enter_context(host.rows(counts))
             self._loss(jobs, batch).backward()
-        for job in jobs:
-            job.after_backward()
 
     def _loss(self, jobs: Sequence[Job], batch: JoinedBatch) -> Tensor:
         """The sum of all jobs' losses, each over its own rows by the model's own loss function."""
@@ -53,3 +63,26 @@ class Together:
         with replaced_loss(model, by_job):
             loss: Tensor = model(**batch.inputs(self._crop)).loss
         return loss
+
+
+def grouped(sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:
+    """Indices by pass: of like length together, at most `most` tokens when all are filled up to the longest.
+
+    sizes: (rows, tokens) of each; one that is larger by itself has a pass of its own.
+    """
+    groups: list[list[int]] = []
+    rows = 0
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        if groups and (rows + sizes[index][0]) * sizes[groups[-1][0]][1] <= most:
+            groups[-1].append(index)
+            rows += sizes[index][0]
+        else:
+            groups.append([index])
+            rows = sizes[index][0]
+    return groups
+
+
+def _size(job: Job) -> tuple[int, int]:
+    assert job.batch is not None
+    rows, tokens = job.batch["input_ids"].shape
+    return rows, tokens

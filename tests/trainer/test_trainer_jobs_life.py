@@ -1,0 +1,187 @@
+"""Jobs that are interrupted, taken out, badly begun or stopped early; what a solo run's loop does for each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftmux.trainer import OptionError, train
+from peftmux.trainer.cli import main
+from peftmux.trainer.jobs.file import Changes, JobsFile, read_jobs, resumed
+from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.jobs.together import Together, grouped
+from tests.trainer.method_runs import tensors
+from tests.trainer.test_trainer_jobs import TOLERANCE, jobs_file
+from tests.trainer.tiny_models import copy_task, write_rows
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+SPECS: list[dict[str, Any]] = [
+    {"name": "short", "method": "lora", "max_steps": 3, **SAVING},
+    {"name": "long", "method": "dora", "max_steps": 9, "seed": 5, "gradient_accumulation_steps": 2, **SAVING},
+    {"name": "epochs", "method": "prefix", "num_virtual_tokens": 2, "num_train_epochs": 3, **SAVING},
+]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("few") / "rows.jsonl", copy_task(13))
+
+
+class Cut(Together):
+    """A lost machine in the middle of the run: every job has got as far as it has."""
+
+    rounds = 0
+
+    def round(self, jobs: Any) -> None:
+        self.rounds += 1
+        if self.rounds == 8:
+            raise KeyboardInterrupt
+        super().round(jobs)
+
+
+def test_interrupted_jobs_go_on_and_end_with_the_same_bits(qwen2: Path, few: Path, tmp_path: Path):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert JobRun(read_jobs(jobs_file(tmp_path / "whole", qwen2, few, SPECS))).run().keys() == {
+        spec["name"] for spec in SPECS
+    }
+    path = jobs_file(tmp_path / "cut", qwen2, few, SPECS)
+    cut = JobRun(read_jobs(path), together=Cut)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    assert cut.results.keys() == {"short"}
+    assert {p.name for p in (tmp_path / "cut" / "out").iterdir()} == {
+        "short",
+        *(f"{s['name']}.checkpoints" for s in SPECS),
+    }
+    left = resumed(read_jobs(path))
+    assert [(spec.name, spec.options.resume) for spec in left] == [("long", True), ("epochs", True)]
+    again = JobRun(left)
+    results = again.run()
+    assert (results["long"].steps, results["epochs"].steps) == (9, 15)
+    for spec in SPECS:
+        whole, other = (tensors(tmp_path / run / "out" / spec["name"]) for run in ("whole", "cut"))
+        for name, tensor in whole.items():  # who shares a pass decides the order of its sums
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
+    assert resumed(read_jobs(path)) == []
+
+
+def test_a_killed_run_of_jobs_leaves_whole_adapters_only(qwen2: Path, few: Path, tmp_path: Path):
+    specs = [SPECS[0], {**SPECS[1], "max_steps": 100_000, "logging_steps": 1}]
+    command = [sys.executable, "-m", "peftmux.trainer.cli", "--jobs", str(jobs_file(tmp_path, qwen2, few, specs))]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as run:
+        assert run.stderr is not None
+        deadline = time.monotonic() + 120
+        while "long: step 7/" not in run.stderr.readline():
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+        run.send_signal(signal.SIGKILL)
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert files == {"short", "short.checkpoints", "long.checkpoints"}
+    assert {p.name for p in (tmp_path / "out" / "short").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_a_job_taken_out_of_the_file_leaves(qwen2: Path, few: Path, tmp_path: Path):
+    endless = {**SPECS[0], "name": "endless", "max_steps": 100_000, "save_strategy": "no"}
+    file = JobsFile(jobs_file(tmp_path, qwen2, few, [endless, SPECS[1]]))
+    asked = 0
+
+    def changes() -> Changes:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            jobs_file(tmp_path, qwen2, few, SPECS[1:2])
+        return file.changes()
+
+    run = JobRun(file.read(), changes)
+    assert run.run().keys() == {"long"}
+    assert "taken out after 3 of 100000 steps: no adapter written" in run.failed["endless"]
+    assert not (tmp_path / "out" / "endless").exists()
+    solo = train("dora", model=qwen2, data=few, out=tmp_path / "solo", training=dict(run.specs[1].training))
+    for name, tensor in tensors(solo.out).items():
+        torch.testing.assert_close(tensors(tmp_path / "out" / "long")[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
+
+
+def test_a_bad_job_that_joins_does_not_stop_the_others(qwen2: Path, few: Path, tmp_path: Path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\n')
+    bad = [{**SPECS[2], "name": "bad", "data": str(broken)}, {**SPECS[2], "name": "other", "dtype": "bfloat16"}]
+    joining = read_jobs(jobs_file(tmp_path, qwen2, few, bad))
+    changes = iter([Changes(joining)])
+    run = JobRun(read_jobs(jobs_file(tmp_path, qwen2, few, SPECS[:1])), lambda: next(changes, Changes()))
+    assert run.run().keys() == {"short"}
+    assert "broken.jsonl:1: " in run.failed["bad"]
+    assert "expected 'auto' for every job, other has 'bfloat16'" in run.failed["other"]
+
+
+def test_a_job_stops_early_and_keeps_its_best(qwen2: Path, few: Path, tmp_path: Path):
+    held_out = write_rows(tmp_path / "eval.jsonl", copy_task(16, seed=1))
+    early = {"eval_data": str(held_out), "early_stopping_patience": 2, "eval_strategy": "steps", "eval_steps": 2}
+    wild = {"name": "wild", "method": "lora", "learning_rate": 0.3, "max_steps": 60, **early}
+    specs = read_jobs(jobs_file(tmp_path, qwen2, few, [wild, {**SPECS[1], "save_strategy": "no"}]))
+    result = JobRun(specs).run()["wild"]
+    assert result.steps < 60
+    solo = train(
+        "lora",
+        model=qwen2,
+        data=few,
+        eval_data=held_out,
+        out=tmp_path / "solo",
+        early_stopping_patience=2,
+        training=dict(specs[0].training),
+    )
+    assert solo.steps == result.steps
+    assert result.metrics["eval_loss"] == pytest.approx(solo.metrics["eval_loss"], abs=1e-4)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"wild", "long"}
+
+
+def test_each_job_has_its_own_log(qwen2: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("tensorboard")
+    specs = [{**SPECS[0], "report_to": ["tensorboard"]}, {"name": "plain", "method": "ia3", "max_steps": 2}]
+    path = jobs_file(tmp_path, qwen2, few, specs, logging_steps=1)
+    assert main(["--jobs", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert "short: step 2/3 loss=" in shown.err
+    assert "plain: step 2/2 loss=" in shown.err
+    assert "short: 3 steps, loss" in shown.out
+    assert [p.name for p in tmp_path.glob("out/*/runs")] == ["runs"]
+    assert main(["--jobs", str(path), "--resume"]) == 0
+    assert capsys.readouterr().err.count("done before") == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": True},
+        {"bf16": True},
+        {"dry_run": True},
+        {"gradient_checkpointing": True},
+        {"label_smoothing_factor": 0.1},
+    ],
+)
+def test_what_a_job_cannot_have_is_refused(options: dict[str, Any], qwen2: Path, few: Path, tmp_path: Path):
+    specs = read_jobs(jobs_file(tmp_path, qwen2, few, [{**SPECS[0], **options}]))
+    with pytest.raises(OptionError, match=r"jobs: short: .*for a run of its own"):
+        JobRun(specs).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_passes_hold_like_lengths_and_few_tokens():
+    assert grouped([(1, 32)] * 8, 512) == [list(range(8))]
+    assert grouped([(4, 128)] * 3, 512) == [[0], [1], [2]]
+    assert grouped([(9, 128)], 512) == [[0]]
+    assert grouped([(2, 10), (1, 200), (4, 12), (2, 190)], 600) == [[1, 3], [2, 0]]
