@@ -95,6 +95,8 @@ def test_a_merge_across_the_border_does_not_change_the_prompt(tmp_path: Path):
     [
         ('{"prompt": "a"', r":2: broken JSON: .* at column"),
         ("[1]", r":2: expected a JSON object, found a list"),
+        ('{"prompt": "a", "completion": "b", "prompt": "c"}', r":2: key 'prompt' is there twice"),
+        ('{"prompt": "a", "completion": "b", "more": {"x": 1, "x": 2}}', r":2: key 'x' is there twice"),
         (
             '{"prompt": "a"}',
             r":2: missing column 'completion' \(.* are prompt-completion\); found 'prompt'",

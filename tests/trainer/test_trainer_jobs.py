@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,35 @@ def test_bad_files_are_refused(case: str, qwen2: Path, few: Path, tmp_path: Path
     path.write_text(yaml.safe_dump({"defaults": {"model": str(qwen2), "data": str(few)}, "jobs": jobs}))
     with pytest.raises(OptionError, match=message):
         read_jobs(path)
+
+
+LINES: dict[str, tuple[bytes, str]] = {
+    "an option": (
+        b"defaults: {data: d, model: m}\njobs:\n- {name: a, method: ln, out: o}\n- name: b\n  method: ln\n  rank: 4\n",
+        r"jobs\.yaml:4: job 2 \(b\): .*'rank'",
+    ),
+    "a key twice": (
+        b"jobs:\n- name: a\n  max-steps: 3\n  max_steps: 4\n",
+        r"jobs\.yaml:4: key 'max_steps' is there twice",
+    ),
+    "no YAML": (b"jobs:\n- {name: a\n- b: [\n", r"jobs\.yaml:3: expected YAML"),
+    "no UTF-8": (b"jobs:\n- name: caf\xe9\n", r"jobs\.yaml:2: expected UTF-8 text"),
+    "nothing": (b"", r"jobs\.yaml: expected `jobs`, a list"),
+    "no list": (b"jobs: lora\n", r"jobs\.yaml: expected `jobs`, a list"),
+    "no options": (b"jobs:\n- lora\n", r"jobs\.yaml:2: job 1: expected options by name, found str"),
+    "no defaults": (b"defaults: 3\njobs:\n- {name: a}\n", r"jobs\.yaml: defaults: expected options by name, found int"),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_bad_files_are_refused_by_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    content, message = LINES[case]
+    (tmp_path / "jobs.yaml").write_bytes(content)
+    assert main(["--jobs", str(tmp_path / "jobs.yaml")]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert main(["--jobs", str(tmp_path / "none.yaml")]) == 1
+    assert "none.yaml: No such file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.yaml"]
 
 
 def test_bad_data_of_one_job_is_named_before_any_step(qwen2: Path, few: Path, tmp_path: Path):

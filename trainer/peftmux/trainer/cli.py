@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peftmux.adapters.errors import AdapterError
@@ -14,22 +17,50 @@ from peftmux.trainer.errors import OptionError, TrainerError
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit status: 0, 1 for a refused run, 2 for bad usage, 130 after Ctrl-C. `argv` follows `train`."""
+    """The exit status: 0, 1 for a refused run, 2 for bad usage, 130 after Ctrl-C, 143 after SIGTERM.
+
+    `argv` follows `train`.
+    """
     from peftmux.trainer.methods import METHODS
 
     jobs = bool(argv) and argv[0].split("=")[0] == "--jobs"
     if not jobs and (not argv or argv[0] not in METHODS):
         return _overview(argv)
     try:
-        return _run_jobs(argv) if jobs else _run(argv[0], argv[1:])
+        with _terminable():
+            return _run_jobs(argv) if jobs else _run(argv[0], argv[1:])
     except SystemExit as stop:  # argparse has printed its message
         return int(stop.code or 0)
+    except _Terminated:
+        print("peftmux train: terminated: nothing more is written", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (TrainerError, AdapterError) as error:
         print(f"peftmux train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("peftmux train: interrupted: no adapter written", file=sys.stderr)
-        return 130
+        print("peftmux train: interrupted: nothing more is written", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+class _Terminated(BaseException):
+    pass
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the run as Ctrl-C does, so that what it has begun to write beside the adapter goes with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _overview(argv: Sequence[str]) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.yaml_file import read_yaml
 
 ENVIRONMENT = "PEFTMUX_"
 
@@ -56,10 +56,7 @@ def _config_parser() -> argparse.ArgumentParser:
 
 
 def _read(path: str) -> Mapping[object, object]:
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError("config", f"{path}: {error}") from None
+    options, _ = read_yaml(path, "config")
     if not isinstance(options, dict):
         raise OptionError("config", f"{path}: expected options by name, found {type(options).__name__}")
     return options

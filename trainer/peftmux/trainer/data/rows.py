@@ -78,6 +78,17 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _DoubleKeyError(ValueError):
+    pass
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise _DoubleKeyError(next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
+    return record
+
+
 def _read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     """Blank lines are skipped; numbering counts them."""
     with open(path, "rb") as file:
@@ -85,7 +96,10 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
             if not raw.strip():
                 continue
             try:
-                record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                record = json.loads(text, object_pairs_hook=_without_doubles)
+            except _DoubleKeyError as error:
+                raise DataError(path, number, f"key {error.args[0]!r} is there twice") from None
             except UnicodeDecodeError as error:
                 message = f"expected UTF-8 text, found {error.reason} at byte {error.start}"
                 raise DataError(path, number, message) from None

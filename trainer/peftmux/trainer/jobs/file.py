@@ -16,6 +16,7 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.huggingface_trainer import newest_checkpoint
 from peftmux.trainer.methods import Method, get_method
 from peftmux.trainer.options import RunOptions, build_config
+from peftmux.trainer.yaml_file import line_of, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +75,34 @@ class JobsFile:
 
 
 def read_jobs(path: str | Path) -> list[JobSpec]:
-    """Raises OptionError naming the file, the job and the option. Jobs must have different names and folders."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError("jobs", f"{path}: {error}") from None
+    """Raises OptionError naming the file, the line, the job and the option. Each has a name and a folder of its own."""
+    content, tree = read_yaml(path, "jobs")
     if not isinstance(content, dict) or not isinstance(content.get("jobs"), list) or not content["jobs"]:
         raise OptionError("jobs", f"{path}: expected `jobs`, a list, and perhaps `defaults`")
     if unknown := content.keys() - {"jobs", "defaults"}:
         raise OptionError("jobs", f"{path}: expected `jobs` and `defaults`, got {sorted(map(str, unknown))}")
-    specs = [_job(path, index, entry, content.get("defaults") or {}) for index, entry in enumerate(content["jobs"])]
-    for what, values in (("name", [s.name for s in specs]), ("out", [s.options.out for s in specs])):
-        if twice := [value for value in values if values.count(value) > 1]:
-            raise OptionError("jobs", f"{path}: expected each {what} once, got {twice[0]!r} twice")
+    defaults = content.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise OptionError("jobs", f"{path}: defaults: expected options by name, found {type(defaults).__name__}")
+    where = [f"{path}:{line}: job {i}" for i, line in enumerate(_job_lines(tree), start=1)]
+    specs = [_job(at, entry, defaults) for at, entry in zip(where, content["jobs"], strict=True)]
+    for what, values in (("name", [s.name for s in specs]), ("out", [str(Path(s.options.out)) for s in specs])):
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                raise OptionError("jobs", f"{where[index]}: expected each {what} once, got {value!r} twice")
     return specs
 
 
-def _job(path: str | Path, index: int, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
-    where = f"{path}: job {index + 1}"
-    if not isinstance(entry, dict) or not isinstance(defaults, dict):
+def _job_lines(tree: yaml.Node | None) -> list[int]:
+    assert isinstance(tree, yaml.MappingNode)
+    jobs = next(value for key, value in tree.value if key.value == "jobs")
+    return [line_of(entry) for entry in jobs.value]
+
+
+def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
+    if not isinstance(entry, dict):
         raise OptionError("jobs", f"{where}: expected options by name, found {type(entry).__name__}")
-    given = {str(k).replace("-", "_"): v for k, v in {**defaults, **entry}.items()}
+    given = {str(k).replace("-", "_"): v for options in (defaults, entry) for k, v in options.items()}
     name, method = given.pop("name", None), given.pop("method", None)
     if not isinstance(name, str) or not name or not isinstance(method, str):
         raise OptionError("jobs", f"{where}: expected a name and a method, got {name!r} and {method!r}")
