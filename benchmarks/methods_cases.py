@@ -73,7 +73,7 @@ _VARIANTS = (
     Case("pfeiffer, AdapterDrop", "pfeiffer", {"adapterdrop": 1, "drop_first": 1}),
     Case("prefix, projected", "prefix", {"prefix_projection": True}),
     Case("p-tuning, LSTM", "p-tuning", {"encoder_reparameterization_type": "LSTM"}),
-    Case("p-tuning, template", "p-tuning", {"template": ["10@0", "10@-1"]}),
+    Case("p-tuning, in the prompt", "p-tuning", {"template": ["20@3"]}),
 )
 
 

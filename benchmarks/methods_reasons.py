@@ -11,7 +11,7 @@ _PROMPTS = (
     "multitask-prompt",
     "p-tuning",
     "p-tuning, LSTM",
-    "p-tuning, template",
+    "p-tuning, in the prompt",
 )
 
 REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (

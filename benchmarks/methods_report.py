@@ -26,6 +26,7 @@ Records = dict[tuple[str, str, str], dict[str, Any]]
 """By (base, case, task)."""
 Low = tuple[str, str, float]
 """(base, task, accuracy)."""
+NEARLY = 0.8
 LOW = 0.5
 """A method that stays below it has a reason in the text."""
 SIZES = {"base": "2.4M parameters", "small": "0.65M parameters"}
@@ -52,7 +53,7 @@ a percent of a model train a tenth here.
 
 `fusion` is AdapterFusion's second stage over two `pfeiffer` adapters, for the task and for `{BESIDE}`, which
 `multitask-prompt` learns beside the task. "AdapterDrop" trains with random first layers left out and is served without
-the first. "template" puts half of P-Tuning's tokens in front and half at the end of the prompt.
+the first. "In the prompt": P-Tuning's tokens stand where an instruction would, after the opening of the user's turn.
 """
 
 
@@ -63,7 +64,7 @@ def write_report(records: Records, device: str, docs: Path) -> str:
     docs.mkdir(parents=True, exist_ok=True)
     measured = f"Measured on: {device}.\n"
     picture = "![Accuracy against trained parameters](methods.svg)\n"
-    page = "\n".join([INTRODUCTION, measured, picture, *sections, _reasons(records), _left_out()])
+    page = "\n".join([INTRODUCTION, measured, picture, *sections, _reasons(records), _left_out(records)])
     (docs / "methods.md").write_text(page, encoding="utf-8")
     panels = {f"{base}, {SIZES[base]}: {TOLD}": _points(base, records) for base in bases}
     (docs / "methods.svg").write_text(plot(panels, "trained parameters", "exact answers"), encoding="utf-8")
@@ -75,12 +76,23 @@ def _section(base: str, records: Records) -> str:
     generating = [case for case in cases() if case.kind == "generation"]
     columns = ["method", TOLD, "of LoRA", NEW, "of LoRA", "trained", "changed", "rank", "seconds", "peak MB"]
     rows = [_row(base, case, records) for case in generating if (base, case.name, TOLD) in records]
-    parts = [title, _table(columns, rows)]
+    parts = [title, *(_reached(base, task, records) for task in (TOLD, NEW)), "", _table(columns, rows)]
     classifiers = [case for case in cases() if case.kind == "sequence" and (base, case.name, CLASSES) in records]
     if classifiers:
         columns = ["classifier", CLASSES, "trained", "seconds", "peak MB"]
         parts += ["", _table(columns, [_classifier(base, case, records) for case in classifiers])]
     return "\n".join(parts) + "\n"
+
+
+def _reached(base: str, task: str, records: Records) -> str:
+    """How many of the generative methods, their variants included, are level with LoRA, or nearly."""
+    found = [records.get((base, case.name, task), {}) for case in cases() if case.method and case.kind == "generation"]
+    accuracies = [record["accuracy"] for record in found if "accuracy" in record]
+    lora = records.get((base, "lora", task), {}).get("accuracy")
+    if lora is None:
+        return ""
+    reached = sum(accuracy >= NEARLY * lora for accuracy in accuracies)
+    return f"`{task}`: {reached} of {len(accuracies)} rows reach {NEARLY:.0%} of LoRA's accuracy."
 
 
 def _row(base: str, case: Case, records: Records) -> list[str]:
@@ -181,7 +193,11 @@ def _places(places: Sequence[Low]) -> str:
     return ", ".join(f"{100 * accuracy:.0f} % ({base}, {task})" for base, task, accuracy in places)
 
 
-def _left_out() -> str:
+def _left_out(records: Records) -> str:
     missing = {case.name: f"needs {case.needs}" for case in cases() if not case.installed}
     lines = [f"* `{name}`: {why}." for name, why in {**NOT_HERE, **missing}.items()]
-    return "\n".join(["## Not measured here\n", *lines]) + "\n"
+    shown = {case.name for case in cases()}
+    for (base, name, task), record in records.items():
+        if "failed" in record and name in shown:
+            lines.append(f"* `{name}` ({base}, {task}) failed: {record['failed']}.")
+    return "\n".join(["## Not measured\n", *lines]) + "\n"
