@@ -242,7 +242,7 @@ class EngineCore:
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         """Whose row it was cannot be told: all of the step's rows end, the others run on."""
-        logger.exception("a step of %d rows failed", len(plan.rows))
+        logger.error("a step of %d rows failed", len(plan.rows), exc_info=error)
         self._failed_steps += 1
         for row in plan.rows:
             self.abort(row.row, StepFailed("the step that this request was in failed on the device"))
