@@ -8,12 +8,13 @@ adapter is loaded, beside what `--adapter-memory` counts, and stays, because the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftmux.adapters.parts import ClassifierPart
@@ -93,8 +94,23 @@ def shows_its_hidden_state(module: PreTrainedModel) -> bool:
     """Is the decoder's output what transformers lists as the last hidden state? PEFT's classifier reads that."""
     ids = torch.arange(_TOKENS, device=module.device).unsqueeze(0) % module.config.get_text_config().vocab_size
     try:
-        listed = module(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
+        with _hooks_kept(module):
+            listed = module(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
         decoder = module.get_decoder()
         return torch.equal(listed, decoder(input_ids=ids, use_cache=False).last_hidden_state)
     except (AttributeError, TypeError, IndexError, RuntimeError):
         return False
+
+
+@contextmanager
+def _hooks_kept(module: nn.Module) -> Iterator[None]:
+    """Takes away what transformers puts on a model that is asked for its states: each layer would run it ever after."""
+    before = {one: (set(one._forward_hooks), set(vars(one))) for one in module.modules()}
+    try:
+        yield
+    finally:
+        for one, (hooks, names) in before.items():
+            for key in set(one._forward_hooks) - hooks:
+                del one._forward_hooks[key]
+            for mark in {"_output_capturing_hooks_installed"} & set(vars(one)) - names:
+                delattr(one, mark)
