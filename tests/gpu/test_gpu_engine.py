@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.engine_adapters import KINDS
 from benchmarks.engine_model import TINY, random_llama
@@ -16,10 +17,10 @@ from benchmarks.engine_session import Session
 from peftmux.adapters.parts import LinearPart
 from peftmux.runtime.engine import factory
 from peftmux.runtime.engine.local import LocalEngine
-from peftmux.runtime.model.graphs import DecodeGraphs, rerun
+from peftmux.runtime.model import graphs
+from peftmux.runtime.model.graphs import CudaCapture, DecodeGraphs
 from peftmux.runtime.model.load import fit_model
 from peftmux.runtime.model.staging import Readback, to_device
-from peftmux.runtime.model.tables import DeviceOperators
 from peftmux.runtime.model.upload import Upload
 from peftmux.runtime.params import SamplingParams
 from tests.engine.harness import Answer, ask, ask_all, check_quiet, load, request, running
@@ -45,16 +46,9 @@ def serve(work: Callable[[LocalEngine], Awaitable[T]], **settings: Any) -> T:
 
 
 def graphs_of(engine: LocalEngine) -> DecodeGraphs:
-    graphs = engine._core._runner.graphs
-    assert graphs is not None, "expected decode graphs on a CUDA device with triton"
-    return graphs
-
-
-def rerun_graphs(model: Any, max_rows: int, step_tokens: int, block_size: int, failed: Any) -> DecodeGraphs:
-    """The same buffers, each step run as it comes."""
-    blocks = -(-model.context_length // block_size)
-    operators = DeviceOperators(model.device, model.dtype, step_tokens, blocks, block_size)
-    return DecodeGraphs(model.forward, model.device, max_rows, operators, rerun, failed)
+    found = engine._core._runner.graphs
+    assert found is not None, "expected decode graphs on a CUDA device with triton"
+    return found
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen2"])
@@ -94,9 +88,9 @@ async def mixed(engine: LocalEngine) -> list[Answer]:
 
 async def mixed_and_counted(engine: LocalEngine) -> tuple[list[Answer], int, bool]:
     answers = await mixed(engine)
-    graphs = graphs_of(engine)
+    found = graphs_of(engine)
     await check_quiet(engine, engine.stats().kv_cache_usage)
-    return answers, graphs.replays, graphs.in_use
+    return answers, found.replays, found.in_use
 
 
 def test_graphs_give_what_steps_without_them_give(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,24 +106,39 @@ def test_graphs_give_what_steps_without_them_give(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_replay_gives_the_bits_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factory, "decode_graphs", rerun_graphs)
-    rerun_answers = serve(mixed)
-    monkeypatch.undo()
-    answers, _, _ = serve(mixed_and_counted)
-    assert [a.logprobs for a in answers] == [a.logprobs for a in rerun_answers]
+    """Each step is replayed, then run as it comes over the same inputs."""
+    unequal: list[int] = []
+
+    class Twice(CudaCapture):
+        def __call__(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            replay = super().__call__(forward)
+
+            def both() -> Tensor:
+                logits = replay().clone()
+                if not torch.equal(logits, forward()):
+                    unequal.append(len(logits))
+                return logits
+
+            return both
+
+    monkeypatch.setattr(graphs, "CudaCapture", Twice)
+    _, replays, in_use = serve(mixed_and_counted)
+    assert in_use, "a capture has failed: see the log"
+    assert replays > 20
+    assert unequal == []
 
 
 def test_adapters_come_and_go_without_a_capture() -> None:
     async def work(engine: LocalEngine) -> tuple[int, int]:
-        graphs = graphs_of(engine)
+        found = graphs_of(engine)
         await load(engine, "lora")
         expected = (await ask(engine, request(PROMPT, "lora", 8))).ids
-        captures = graphs.captures
+        captures = found.captures
         for _ in range(3):
             await load(engine, "lora", "other")
             assert (await ask(engine, request(PROMPT, "other", 8))).ids == expected
             await engine.unload_adapter("other")
-        return captures, graphs.captures
+        return captures, found.captures
 
     before, after = serve(work, max_rows=4)
     assert before == after
