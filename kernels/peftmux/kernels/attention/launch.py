@@ -1,4 +1,8 @@
-"""Which form of paged attention a model runs: decided once, when it is loaded."""
+"""Which form of paged attention a model runs: decided once, when it is loaded.
+
+Libraries of attention kernels (FlashInfer, flash-attn) are no form: each lacks some of soft caps, sinks, value widths
+and spans that see both ways, so a model would need two, and a row's bits would depend on what is installed.
+"""
 
 from __future__ import annotations
 
