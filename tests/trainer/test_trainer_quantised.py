@@ -15,6 +15,7 @@ from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.quantised import is_quantised, weights_stay_as_stored
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer import train
+from peftmux.trainer.cli import main
 from peftmux.trainer.methods import METHODS
 from peftmux.trainer.methods.base import AttachContext
 from tests.trainer.lowered import lowered_logits
@@ -80,3 +81,14 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(
     with torch.no_grad():
         changed = lowered_logits(base, load_adapter(tmp_path / "whole", TorchBase(base)), ids)
         assert (changed - base(ids).logits).abs().max() > 1e-3
+
+
+def test_qlora_is_lora_over_a_base_in_4_bits(qwen2: Path, rows: Path, tmp_path: Path) -> None:
+    words = ["--model", str(qwen2), "--data", str(rows), "--max-steps", "3", "--disable-tqdm", "true"]
+    words += ["--per-device-train-batch-size", "4"]
+    assert main(["qlora", *words, "--out", str(tmp_path / "a")]) == 0
+    train("lora", model=qwen2, data=rows, out=tmp_path / "b", quantization="nf4", training={**QUICK, "max_steps": 3})
+    train("lora", model=qwen2, data=rows, out=tmp_path / "c", training={**QUICK, "max_steps": 3})
+    first, second, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    assert not all(torch.equal(first[name], plain[name]) for name in first)

@@ -97,6 +97,24 @@ def test_early_stopping_keeps_the_best(qwen2: Path, rows: Path, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "eval.jsonl"]
 
 
+@pytest.mark.parametrize("best_at", [None, 1])
+def test_adalora_ends_with_exactly_its_budget(best_at: int | None, qwen2: Path, rows: Path, tmp_path: Path):
+    """Also where the best checkpoint is from before the budget has fallen; PEFT's own schedule is never called."""
+    training: dict[str, Any] = {**QUICK, "max_steps": 12, "learning_rate": 1.0 if best_at else 1e-3}
+    best: dict[str, Any] = {}
+    if best_at:
+        training |= {"eval_strategy": "steps", "eval_steps": best_at}
+        best = {"eval_data": rows, "early_stopping_patience": 1}
+    config = {"init_r": 5, "target_r": 2, "warmup_share": 0.5, "final_share": 0.1}
+    result = train("adalora", model=qwen2, data=rows, out=tmp_path / "a", config=config, training=training, **best)
+    assert (result.steps < 12) == bool(best_at)
+    found = {name: len(t) for name, t in tensors(tmp_path / "a").items() if name.endswith("lora_E")}
+    assert sum(found.values()) == 2 * len(found)
+    assert len(set(found.values())) > 1, "ranks move to where they matter"
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert sum(map(sum, fields["rank_pattern"].values())) == 2 * len(found)
+
+
 def test_a_run_that_diverges_writes_nothing(qwen2: Path, rows: Path, tmp_path: Path):
     training = {**QUICK, "learning_rate": 1e30, "max_grad_norm": 0.0}
     with pytest.raises(TrainerError, match=r"the run diverged .* try a lower learning rate"):

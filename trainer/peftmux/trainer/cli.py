@@ -15,6 +15,9 @@ from peftmux.adapters.errors import AdapterError
 from peftmux.trainer.config_file import file_arguments
 from peftmux.trainer.errors import OptionError, TrainerError
 
+ALIASES = {"qlora": (("lora", "--quantization", "nf4"), "lora over a base in 4 bits: lora --quantization nf4")}
+"""Names of a method with options of the run: what they stand for, and what is said of them."""
+
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0, 1 for a refused run, 2 for bad usage, 130 after Ctrl-C, 143 after SIGTERM.
@@ -23,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     """
     from peftmux.trainer.methods import METHODS
 
+    if argv and argv[0] in ALIASES:
+        argv = [*ALIASES[argv[0]][0], *argv[1:]]
     jobs = bool(argv) and argv[0].split("=")[0] == "--jobs"
     if not jobs and (not argv or argv[0] not in METHODS):
         return _overview(argv)
@@ -70,6 +75,7 @@ def _overview(argv: Sequence[str]) -> int:
     lines = ["usage: peftmux train METHOD --model M --data D.jsonl --out DIR [options]"]
     lines += ["       peftmux train --jobs FILE.yaml [--watch] [--resume]", "", "methods:"]
     lines += [f"  {m.name:<12} {m.summary}" for m in METHODS.values()]
+    lines += [f"  {name:<12} {summary}" for name, (_, summary) in ALIASES.items()]
     lines += ["", "peftmux train METHOD --help lists a method's options."]
     if argv and not asked:
         lines.append(f"\npeftmux train: METHOD: expected one of {', '.join(METHODS)}; got {argv[0]!r}")

@@ -108,6 +108,9 @@ class HeadedAdapter(AttachedAdapter):
     def after_step(self, step: int, total: int) -> None:
         self._inner.after_step(step, total)
 
+    def training_ended(self) -> None:
+        self._inner.training_ended()
+
     def checkpoint_activations(self) -> bool:
         return self._inner.checkpoint_activations()
 

@@ -222,6 +222,7 @@ def train_and_evaluate(trainer: AdapterTrainer, options: RunOptions) -> dict[str
             message = f"found no complete checkpoint in {folder}; --save-strategy steps writes them"
             raise OptionError("resume", message)
     metrics: dict[str, float] = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    trainer.adapter.training_ended()
     if options.eval_data:
         metrics.update(trainer.evaluate())
     return {name: value for name, value in metrics.items() if name not in ("total_flos", "epoch")}

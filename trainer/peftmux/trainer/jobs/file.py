@@ -148,7 +148,7 @@ def common_base(specs: Sequence[JobSpec]) -> RunOptions:
     """The options that load the base, which all jobs share. Raises OptionError where they differ."""
     first = specs[0].options
     for spec in specs[1:]:
-        for field in ("model", "dtype", "attn_implementation"):
+        for field in ("model", "dtype", "quantization", "attn_implementation"):
             if getattr(spec.options, field) != getattr(first, field):
                 got = getattr(spec.options, field)
                 raise OptionError(field, f"expected {getattr(first, field)!r} for every job, {spec.name} has {got!r}")

@@ -161,6 +161,12 @@ class AdaLoraAdapter(AttachedAdapter):
             for layer in layers:
                 layer.keep(layer.kept)
 
+    def training_ended(self) -> None:
+        """A checkpoint from before the end of the schedule may have come back as the best."""
+        target = self.config.target_r * len(self.triplets)
+        if sum(int(layer.kept.sum()) for layer in self.triplets.values()) > target:
+            self._allocate(target)
+
     def _allocate(self, count: int) -> None:
         """Keep the `count` most important triplets of all layers: exactly so many, whatever ties there are."""
         layers = list(self.triplets.values())

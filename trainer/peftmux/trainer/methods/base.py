@@ -149,6 +149,9 @@ class AttachedAdapter:
     def after_step(self, step: int, total: int) -> None:
         """The optimiser has moved."""
 
+    def training_ended(self) -> None:
+        """The last step is done, or the best checkpoint is back: what is left to do before evaluation and export."""
+
     def scores(self, logits: Tensor, hidden: Tensor | None, vocab_size: int) -> tuple[Tensor, int]:
         """What the loss is of, [..., C], and C: the model's logits [..., vocab_size], or a classifier's of `hidden`."""
         return logits, vocab_size

@@ -158,6 +158,11 @@ class DiffPruningAdapter(AttachedAdapter):
         if not self.chosen and step + 1 >= total - int(self.config.final_share * total):
             self.choose()
 
+    def training_ended(self) -> None:
+        """A checkpoint from before the choice may have come back as the best."""
+        if not self.chosen:
+            self.choose()
+
     @torch.no_grad()
     def choose(self) -> None:
         """Keep the largest entries of all layers: exactly so many as the sparsity says."""
