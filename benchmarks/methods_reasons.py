@@ -20,8 +20,9 @@ REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
         (NEW,),
         "What stands in front of the input biases what attention adds and cannot change what it attends to "
         "within the input: it elicits what the base can do, and may not teach what needs new patterns of "
-        "attention (Petrov et al., 2023, arXiv 2310.19698). Prompt tuning comes level with fine-tuning at "
-        "billions of parameters only (Lester et al., 2021, arXiv 2104.08691)",
+        "attention (Petrov et al., 2023, arXiv 2310.19698). Whether a new task needs them goes by the base: the "
+        "small one's prompts learn this one. Prompt tuning comes level with fine-tuning at billions of "
+        "parameters only (Lester et al., 2021, arXiv 2104.08691)",
     ),
     (
         ("bitfit", "ln", "ia3"),
