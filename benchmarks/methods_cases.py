@@ -70,7 +70,7 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
 _VARIANTS = (
     Case("lora, classifier", "lora", kind="sequence"),
     Case("qlora", "lora", options={"quantization": "nf4"}, needs="bitsandbytes"),
-    Case("pfeiffer, AdapterDrop", "pfeiffer", {"adapterdrop": 1, "drop_first": 1}),
+    Case("houlsby, AdapterDrop", "houlsby", {"adapterdrop": 1, "drop_first": 1}),
     Case("prefix, projected", "prefix", {"prefix_projection": True}),
     Case("p-tuning, LSTM", "p-tuning", {"encoder_reparameterization_type": "LSTM"}),
     Case("p-tuning, in the prompt", "p-tuning", {"template": ["20@3"]}),
