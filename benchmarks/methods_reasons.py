@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.methods_cases import NEW, TOLD
+from benchmarks.methods_cases import CLASSES, NEW, TOLD
 
 _PROMPTS = (
     "prefix",
@@ -44,5 +44,11 @@ REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
         (NEW, TOLD),
         "The side network is a transformer that starts from random weights and sees 4,000 rows; the paper's "
         "starts from weights cut out of the base (Sung et al., 2022, arXiv 2206.06522)",
+    ),
+    (
+        ("head",),
+        (CLASSES,),
+        "A linear layer on what the frozen base says of the last token, for the others to be compared with: features of "
+        "another task's training serve where tasks are near (Peters et al., 2019, arXiv 1903.05987)",
     ),
 )
