@@ -48,7 +48,7 @@ REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         ("head",),
         (CLASSES,),
-        "A linear layer on what the frozen base says of the last token, for the others to be compared with: features of "
-        "another task's training serve where tasks are near (Peters et al., 2019, arXiv 1903.05987)",
+        "A linear layer on what the frozen base says of the last token, for the others to be compared with: features "
+        "of another task's training serve where tasks are near (Peters et al., 2019, arXiv 1903.05987)",
     ),
 )
