@@ -51,4 +51,23 @@ REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
         "A linear layer on what the frozen base says of the last token, for the others to be compared with: features "
         "of another task's training serve where tasks are near (Peters et al., 2019, arXiv 1903.05987)",
     ),
+    (
+        ("houlsby, AdapterDrop",),
+        (NEW, TOLD),
+        "Served without the first layer's adapters, one of four here; the paper leaves out up to five of twelve "
+        "(Rueckle et al., 2021, arXiv 2010.11918). What is asked for in another way needs early layers most, as under "
+        "`layers`",
+    ),
+    (
+        ("fusion",),
+        (NEW, TOLD),
+        "It weighs what its members give (Pfeiffer et al., 2020, arXiv 2005.00247), and a `pfeiffer` adapter alone "
+        "reaches little more than half on this base",
+    ),
+    (
+        ("shira",),
+        (NEW,),
+        "Its mean loss over the run is 2.0 where LoRA's is 1.5: it learns more slowly from the entries of a random "
+        "mask, the cheapest of the paper's (Bhardwaj et al., 2024, arXiv 2406.13175)",
+    ),
 )
