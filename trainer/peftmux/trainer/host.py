@@ -6,7 +6,7 @@ rows of a batch and no other, at every place, so that one pass of the base serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +68,16 @@ class Place(nn.Module):
         if spans is None:
             (change,) = self.changes.values()
             return change.after(base(change.before(x)), x)  # type: ignore[operator]
-        here = [(span, self.changes[key] if key in self.changes else _NOTHING) for key, span in spans]  # noqa: SIM401
-        given = _cat([change.before(x[span]) for span, change in here])  # type: ignore[operator]
-        y = base(given)
-        return _cat([change.after(_rows(y, span), x[span]) for span, change in here])  # type: ignore[operator]
+        sizes = _sizes(spans)
+        if sizes is None:
+            ((key, _),) = spans
+            change = self.changes[key] if key in self.changes else _NOTHING  # noqa: SIM401
+            return change.after(base(change.before(x)), x)  # type: ignore[operator]
+        here = [self.changes[key] if key in self.changes else _NOTHING for key, _ in spans]  # noqa: SIM401
+        pieces = x.split(sizes)  # not slices: the gradient of a slice is as large as x
+        given = _cat([change.before(piece) for change, piece in zip(here, pieces, strict=True)])  # type: ignore[operator]
+        parts = _split(base(given), sizes)
+        return _cat([c.after(y, piece) for c, y, piece in zip(here, parts, pieces, strict=True)])  # type: ignore[operator]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -238,11 +244,19 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(parent.base_layer if isinstance(parent, Place) else parent, child, new)
 
 
-def _rows(y: Any, span: slice) -> Any:
-    """These rows of a module's output, which may be a tuple of tensors and Nones."""
-    if isinstance(y, tuple):
-        return tuple(item[span] if isinstance(item, Tensor) else item for item in y)
-    return y[span]
+def _sizes(spans: Sequence[tuple[str, slice]]) -> list[int] | None:
+    """Rows by adapter; None where all are one's."""
+    if len(spans) == 1:
+        return None
+    return [span.stop - span.start for _, span in spans]
+
+
+def _split(y: Any, sizes: list[int]) -> list[Any]:
+    """The rows of a module's output by adapter; it may be a tuple of tensors and Nones."""
+    if not isinstance(y, tuple):
+        return list(y.split(sizes))
+    columns = [item.split(sizes) if isinstance(item, Tensor) else [item] * len(sizes) for item in y]
+    return list(zip(*columns, strict=True))
 
 
 def _cat(pieces: list[Any]) -> Any:
