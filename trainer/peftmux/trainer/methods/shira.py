@@ -84,5 +84,6 @@ SHIRA = Method(
     summary="few trained entries of each weight",
     config_class=ShiraConfig,
     attach=_attach,
-    learning_rate=lambda hidden_size: 2 * default_learning_rate(hidden_size),
+    # An entry is one weight where a LoRA's moves a whole row and column: at twice LoRA's rate it learned half as much.
+    learning_rate=lambda hidden_size: 4 * default_learning_rate(hidden_size),
 )
