@@ -64,10 +64,4 @@ REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
         "It weighs what its members give (Pfeiffer et al., 2020, arXiv 2005.00247), and a `pfeiffer` adapter alone "
         "reaches little more than half on this base",
     ),
-    (
-        ("shira",),
-        (NEW,),
-        "Its mean loss over the run is 2.0 where LoRA's is 1.5: it learns more slowly from the entries of a random "
-        "mask, the cheapest of the paper's (Bhardwaj et al., 2024, arXiv 2406.13175)",
-    ),
 )
