@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftmux.adapters.errors import AdapterInvalid
@@ -190,3 +191,56 @@ def test_broken_folders_are_refused(case, tmp_path):
         load_adapter(tmp_path, TorchBase(make_model("llama")))
     assert refusal.value.reason == reason
     assert named in str(refusal.value)
+
+
+def without(folder: Path, tensor: str) -> AdapterInvalid:
+    """The refusal of the folder once it has lost a tensor."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors[tensor]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterInvalid) as refusal:
+        load_adapter(folder, TorchBase(make_model("gpt2")))
+    return refusal.value
+
+
+def biases_of(modules: Iterable[str]) -> dict[str, Tensor]:
+    model = make_model("gpt2")
+    return {f"{P}{module}.bias": model.get_submodule(module).bias.data + 1 for module in modules}
+
+
+@pytest.mark.parametrize("terms", ["all", "query_intermediate"])
+def test_a_bias_that_the_config_names_is_missing(terms, tmp_path):
+    modules = [n.removesuffix(".bias") for n, _ in make_model("gpt2").named_parameters() if n.endswith(".bias")]
+    if terms != "all":
+        modules = [module for module in modules if module.endswith(("c_attn", "c_fc"))]
+    write_adapter(tmp_path, {"peft_type": "BITFIT", "bias_terms": terms}, biases_of(modules))
+    refusal = without(tmp_path, f"{P}transformer.h.0.mlp.c_fc.bias")
+    assert refusal.reason == "MISSING_TENSOR"
+    assert "h.0.mlp.c_fc.bias" in str(refusal)
+
+
+def test_biases_alone_say_themselves_which_they_are(tmp_path):
+    write_adapter(tmp_path, {"peft_type": "BITFIT"}, biases_of(["transformer.h.0.mlp.c_fc"]))
+    assert "bias_terms is unset" in load_adapter(tmp_path, TorchBase(make_model("gpt2"))).warnings[0]
+
+
+def test_a_listed_module_lacks_a_parameter(tmp_path):
+    norm = make_model("gpt2").transformer.ln_f
+    tensors = {f"{P}transformer.ln_f.{name}": value.data for name, value in norm.named_parameters()}
+    write_adapter(tmp_path, {"peft_type": "LAYERS", "target_modules": ["transformer.ln_f"]}, tensors)
+    assert without(tmp_path, f"{P}transformer.ln_f.bias").reason == "MISSING_TENSOR"
+
+
+@pytest.mark.parametrize(("declared", "layers"), [(True, 1), (False, 2)])
+def test_a_difference_of_a_bias_is_missing(declared, layers, tmp_path):
+    tensors = {}
+    for layer in range(layers):
+        stem = f"{P}transformer.h.{layer}.mlp.c_fc"
+        width = make_model("gpt2").get_submodule(stem.removeprefix(P)).nf
+        tensors |= {f"{stem}.diff_values": torch.ones(1), f"{stem}.diff_indices": torch.zeros(2, 1).int()}
+        tensors[f"{stem}.bias_diff"] = torch.ones(width)
+    places = [f"transformer.h.{layer}.mlp.c_fc" for layer in range(layers)]
+    write_adapter(tmp_path, {"peft_type": "DIFFPRUNING", "target_modules": places, "bias": declared}, tensors)
+    refusal = without(tmp_path, f"{P}transformer.h.0.mlp.c_fc.bias_diff")
+    assert refusal.reason == "MISSING_TENSOR"
+    assert "bias_diff" in str(refusal)

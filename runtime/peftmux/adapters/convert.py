@@ -45,7 +45,7 @@ def convert_adapter(source: str | Path, destination: str | Path) -> str:
 
 
 def _check_new(destination: Path) -> None:
-    if destination.exists() and any(destination.iterdir()):
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {destination}")
 
 

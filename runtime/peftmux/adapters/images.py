@@ -16,8 +16,10 @@ MARKER = "<image>"
 """Where an image stands in a text, in the order of the images; without one they all stand in front."""
 MAX_IMAGES = 64
 """Beside one text."""
-MAX_PIXELS = 1 << 26
-"""Of an image file, before it is made smaller."""
+MAX_SIDE = 8192
+"""Pixels of an image file's longer side, before it is made smaller: the square around it is laid out whole."""
+_WIDE = ("I", "F")
+"""How Pillow's modes of more than 8 bits a channel begin. It would clip their values to 255."""
 
 
 class ImageInvalid(ValueError):
@@ -85,13 +87,23 @@ def _opened(file: Path | bytes) -> Any:
         raise ImageInvalid("expected patches: there is no Pillow here to decode images with") from None
     try:
         opened = PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    except PIL.UnidentifiedImageError:
+        raise ImageInvalid("expected an image file such as PNG or JPEG, got something else") from None
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise _not_an_image(error) from None
-    width, height = opened.size
-    if width * height > MAX_PIXELS:
+    try:
+        _check_form(*opened.size, opened.mode)
+    except ImageInvalid:
         opened.close()
-        raise ImageInvalid(f"expected at most {MAX_PIXELS} pixels, got {width} x {height}")
+        raise
     return opened
+
+
+def _check_form(width: int, height: int, mode: str) -> None:
+    if max(width, height) > MAX_SIDE:
+        raise ImageInvalid(f"expected at most {MAX_SIDE} pixels a side, got {width} x {height}")
+    if mode.startswith(_WIDE):
+        raise ImageInvalid(f"expected 8 bits a channel, got an image of more (mode {mode})")
 
 
 def _not_an_image(error: Exception) -> ImageInvalid:

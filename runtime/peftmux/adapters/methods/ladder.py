@@ -12,10 +12,11 @@ width D (final hidden states of width F), the tensors
     ladder.rungs.N.block.mlp.{gate_proj [m, d], up_proj [m, d], down_proj [d, m]}.weight
     ladder.norm.weight [d], ladder.up.weight [F, d], and ladder.merge_gate [1] with merge "gate"
 
-Every `.weight` of a linear layer may have a `.bias` beside it. Fields: `num_attention_heads` H, `num_key_value_heads` K
-(H if absent), `layers` (all of the base's if absent), `hidden_act`, `rms_norm_eps`, `rope_theta`, `temperature` of the
-gates, and `merge`: what the head reads is the ladder's state ("replace", as in the paper), the final state and the
-ladder's ("add"), or a gated mean of both ("gate"). Tokens of the side network have the base's position ids.
+Beside the `.weight` of every linear layer stands a `.bias`, or beside none. Fields: `num_attention_heads` H,
+`num_key_value_heads` K (H if absent), `layers` (all of the base's if absent), `hidden_act`, `rms_norm_eps`,
+`rope_theta`, `temperature` of the gates, and `merge`: what the head reads is the ladder's state ("replace", as in the
+paper), the final state and the ladder's ("add"), or a gated mean of both ("gate"). Tokens of the side network have the
+base's position ids.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
 
 
 def _claim_linear(ledger: Ledger, name: str, out: int | None, inside: int) -> int:
-    """With its bias, if there is one. Returns how many values it gives."""
+    """With its bias, if this ladder has them. Returns how many values it gives."""
     size, _ = ledger.claim(f"{STEM}{name}.weight", (out, inside))
-    if f"{STEM}{name}.bias" in ledger:
+    if ledger.has(f"{STEM}first.bias"):
         ledger.claim(f"{STEM}{name}.bias", (size,))
     return size
 

@@ -17,6 +17,10 @@ class Ledger:
     def __contains__(self, name: str) -> bool:
         return name in self._unclaimed
 
+    def has(self, name: str) -> bool:
+        """Is it in the files, claimed or not?"""
+        return name in self._shapes
+
     def unclaimed(self) -> list[str]:
         return sorted(self._unclaimed)
 

@@ -82,10 +82,11 @@ def plan_norm_biases(base: BaseModel, replaced: Container[str], ledger: Ledger) 
 
 def claim_low_rank(ledger: Ledger, a: tuple[str, int], b: tuple[str, int], rank: int, site: str) -> None:
     """Claim A [rank, in] and B [out, rank], each given as (name, in) and (name, out)."""
-    for got in (ledger.claim(a[0], (None, a[1]))[0], ledger.claim(b[0], (b[1], None))[1]):
+    for name, got in ((a[0], ledger.claim(a[0], (None, a[1]))[0]), (b[0], ledger.claim(b[0], (b[1], None))[1])):
         if got != rank:
             raise AdapterInvalid(
-                Reason.RANK_MISMATCH, f"{site}: expected rank {rank} as the config says, got {got} in the tensors"
+                Reason.RANK_MISMATCH,
+                f"{site}: expected rank {rank} as the config says, got {got} in tensor {name}",
             )
 
 

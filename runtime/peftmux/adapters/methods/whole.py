@@ -3,13 +3,14 @@
 No reference writes adapter-sized files of either; ours are the two of PEFT, with the tensors
 `base_model.model.<module>.weight` (as the base stores it) and `.bias` of linear layers, normalisation layers, the input
 embedding and the output projection. `peft_type` LAYERS may hold any of them (tuning the last layers alone: Lee et al.,
-2019, arXiv 1911.03090); BITFIT biases only (Zaken et al., 2022, arXiv 2106.10199), with `bias_terms` "all", or
-"query_intermediate": those of the query projections and of the feed-forward's first layer.
+2019, arXiv 1911.03090); of each module that `target_modules` lists it holds all parameters. BITFIT holds biases (Zaken
+et al., 2022, arXiv 2106.10199): with `bias_terms` "all" every one, with "query_intermediate" every one of the query
+projections and of the feed-forward's first layer. Without these fields what changes is what has tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ _LAYERS: FieldTable = {
     "trained_layers": NoEffect("what was trained; it is in the files"),
 }
 _TERMS = ("all", "query_intermediate")
-_BITFIT: FieldTable = {**COMMON, "bias_terms": Honoured("all", lambda v: v in _TERMS, " or ".join(_TERMS))}
+_BITFIT: FieldTable = {**COMMON, "bias_terms": Honoured(None, lambda v: v in _TERMS, " or ".join(_TERMS))}
 QUERY_INTERMEDIATE = (
     *("q_proj", "query", "c_attn", "query_key_value", "qkv_proj", "Wqkv"),
     *("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "intermediate.dense"),
@@ -41,34 +42,53 @@ def plan_layers(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> P
     fields, ledger = read_fields(config, _LAYERS), Ledger(shapes)
     modules = _modules(ledger, base, ("weight", "bias"))
     listed = fields["target_modules"]
-    if listed is not None and set(listed) != set(modules):
-        odd = sorted(set(listed) ^ set(modules))[0]
-        raise AdapterInvalid(
-            Reason.INVALID_FIELD, f"field target_modules: expected exactly the modules that have tensors, got {odd}"
-        )
+    if listed is not None:
+        if odd := sorted(set(listed) ^ set(modules)):
+            raise AdapterInvalid(
+                Reason.INVALID_FIELD,
+                f"field target_modules: expected exactly the modules that have tensors, got {odd[0]}",
+            )
+        _check_all_there(((module, _shapes(module, base)) for module in modules), modules)
     ledger.close()
-    return Plan("layers", partial(_build, modules=modules, base=base))
+    return Plan("layers", partial(_build, modules=modules, base=base), _unset("target_modules", listed))
 
 
 def plan_bitfit(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
     """Check the config and every tensor's name and shape against the base."""
     fields, ledger = read_fields(config, _BITFIT), Ledger(shapes)
     modules = _modules(ledger, base, ("bias",))
-    if fields["bias_terms"] == "query_intermediate":
-        for module in modules:
-            if not module.endswith(QUERY_INTERMEDIATE):
-                raise AdapterInvalid(
-                    Reason.UNSUPPORTED_SITE,
-                    f"tensor {PREFIX}{module}.bias: expected query and intermediate layers, as bias_terms says",
-                )
+    terms, wanted = fields["bias_terms"], _biases(base)
+    if terms == "query_intermediate":
+        wanted = [module for module in wanted if module in base.linear_sites and module.endswith(QUERY_INTERMEDIATE)]
+        if odd := [module for module in modules if module not in wanted]:
+            raise AdapterInvalid(
+                Reason.UNSUPPORTED_SITE,
+                f"tensor {PREFIX}{odd[0]}.bias: expected query and intermediate layers, as bias_terms says",
+            )
+    if terms is not None:
+        _check_all_there(((module, ("bias",)) for module in wanted), modules)
     ledger.close()
-    return Plan("bitfit", partial(_build, modules=modules, base=base))
+    return Plan("bitfit", partial(_build, modules=modules, base=base), _unset("bias_terms", terms))
 
 
-def has_biases(base: BaseModel) -> bool:
-    return any(site.has_bias for site in base.linear_sites.values()) or any(
-        norm.has_bias for norm in base.norm_sites.values()
-    )
+def _unset(name: str, value: object) -> tuple[str, ...]:
+    return () if value is not None else (f"{name} is unset: what changes is what has tensors",)
+
+
+def _biases(base: BaseModel) -> list[str]:
+    """The modules that have one."""
+    sites = (*base.linear_sites.values(), *base.norm_sites.values())
+    return [site.name for site in sites if site.has_bias]
+
+
+def _check_all_there(wanted: Iterable[tuple[str, Iterable[str]]], found: Mapping[str, Container[str]]) -> None:
+    for module, names in wanted:
+        for name in names:
+            if name not in found.get(module, ()):
+                raise AdapterInvalid(
+                    Reason.MISSING_TENSOR,
+                    f"expected tensor {PREFIX}{module}.{name}, which is missing: all of what the config names is saved",
+                )
 
 
 def _modules(ledger: Ledger, base: BaseModel, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -136,4 +156,4 @@ def _old_bias(module: str, base: BaseModel) -> Tensor:
 
 
 LAYERS = Method("LAYERS", plan_layers, lambda base: ("layers",) if base.linear_sites else ())
-BITFIT = Method("BITFIT", plan_bitfit, lambda base: ("bitfit",) if has_biases(base) else ())
+BITFIT = Method("BITFIT", plan_bitfit, lambda base: ("bitfit",) if _biases(base) else ())

@@ -181,9 +181,13 @@ def _table(report: dict[str, Any]) -> str:
     lines = [head, f"{'':34}" + "".join(f"{f'{n} requests':>20}" for n in requests)]
     for name in dict.fromkeys(row["contender"] for row in report["rows"]):
         cells = {row["requests"]: row for row in report["rows"] if row["contender"] == name}
-        shown = (f"{cells[n]['median']:.0f} ({cells[n].get('of_our_base', 1):.2f})" for n in requests)
-        lines.append(f"{name:34}" + "".join(f"{cell:>20}" for cell in shown))
+        lines.append(f"{name:34}" + "".join(f"{_cell(cells[n]):>20}" for n in requests))
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    ratio = f" ({row['of_our_base']:.2f})" if "of_our_base" in row else ""
+    return f"{row['median']:.0f}{ratio}"
 
 
 def _say(text: str) -> None:

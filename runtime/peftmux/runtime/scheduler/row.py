@@ -245,9 +245,12 @@ class Row:
         assert self.awaited is not None, f"row {self.new.id} awaits no token"
         self.tokens[self.awaited], self.awaited = token, None
 
-    def num_real(self, stop: int) -> int:
-        """How many of the first `stop` tokens are not virtual."""
-        return len(self._real_tokens(stop)) if self.new.inner_virtual else max(0, stop - self.num_virtual)
+    def num_counted(self, stop: int) -> int:
+        """How many of the first `stop` tokens are not virtual; those of images are the request's own."""
+        if not self.new.inner_virtual:
+            return max(0, stop - self.num_virtual)
+        seen = sum(min(span.stop, stop) - span.start for span in self.new.images if span.start < stop)
+        return len(self._real_tokens(stop)) + seen
 
     def _real_tokens(self, stop: int) -> tuple[int, ...]:
         tokens = self.tokens[self.num_virtual : stop]

@@ -281,7 +281,7 @@ class Scheduler:
             return
         row.order = (-row.new.priority, self._admitted)
         self._admitted += 1
-        row.cached_tokens = row.num_real(row.num_computed)
+        row.cached_tokens = row.num_counted(row.num_computed)
         self._waiting.charge(row, PROMPT_TOKEN_COST * row.pending)
 
     def assume(self) -> None:
