@@ -18,18 +18,21 @@ def lora_entries(rank: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("folder", "parts", "entries", "flops"),
+    ("folder", "parts", "flops", "virtual"),
     [
-        ("lora", {"LinearPart": 21}, lora_entries(4), 2 * lora_entries(4)),
-        ("ia3", {"LinearPart": 6, "InputScale": 3}, 3 * (INNER + 2 * KV), 3 * (INNER + 2 * KV)),
-        ("prefix", {"KVPrefix": 1}, 5 * LAYERS * 2 * KV, 2 * 5 * LAYERS * 2 * KV),
-        ("ln_tuning", {"NormPart": 7}, 7 * HIDDEN, 7 * HIDDEN),
+        ("lora", {"LinearPart": 21}, 2 * lora_entries(4), 0),
+        ("ia3", {"LinearPart": 6, "InputScale": 3}, 3 * (INNER + 2 * KV), 0),
+        ("prefix", {"KVPrefix": 1}, 0, 5),
+        ("prompt_text", {"VirtualTokens": 1}, 0, 6),
+        ("multitask_prompt", {"VirtualTokens": 1}, 0, 5),
+        ("ln_tuning", {"NormPart": 7}, 7 * HIDDEN, 0),
     ],
 )
-def test_known_sizes(folder, parts, entries, flops, fixtures, llama):
-    adapter = load_adapter(fixtures / "peft/llama" / folder, llama)
-    for dtype in (torch.float32, torch.bfloat16):
-        needed = cost(adapter, dtype)
-        assert needed.parts == parts
-        assert needed.size == entries * dtype.itemsize
-        assert needed.flops == flops
+def test_known_costs(folder, parts, flops, virtual, fixtures, llama):
+    needed = cost(load_adapter(fixtures / "peft/llama" / folder, llama), torch.float32)
+    assert (needed.parts, needed.flops, needed.virtual_tokens, needed.cache) == (parts, flops, virtual, 0)
+
+
+def test_sparse_entries_are_multiplied_and_added(fixtures, llama):
+    adapter = load_adapter(fixtures / "peft/llama/shira", llama)
+    assert cost(adapter, torch.float32).flops == 2 * adapter.parameters

@@ -300,6 +300,16 @@ async def test_an_encoded_image_is_its_pixels(tmp_path: Path) -> None:
         await engine.drain(0.0)
 
 
+def png(mode: str, width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new(mode, (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encoded(file: bytes) -> dict[str, Any]:
+    return {"images": (Image(0, file),)}
+
+
 BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "no adapter": ("images", {"adapter": ""}),
     "one without eyes": ("images", {"adapter": "lora"}),
@@ -314,7 +324,9 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
         r"images\[0\].patches",
         {"images": (Image(0, ImagePatches(1, 1, np.full(12, np.nan, "<f4").tobytes())),)},
     ),
-    "not an image": (r"images\[0\].encoded", {"images": (Image(0, b"GIF89a no"),)}),
+    "not an image": (r"images\[0\].encoded.*: expected an image file .* got something else$", encoded(b"GIF89a no")),
+    "a square too large": (r"images\[0\].encoded.* 8192 pixels a side, got 9000 x 1", encoded(png("L", 9000, 1))),
+    "16 bits": (r"images\[0\].encoded.*: expected 8 bits a channel", encoded(png("I;16", 6, 6))),
     "with prompt log-probabilities": (r"output.prompt_logprobs", {"output": OutputOptions(prompt_logprobs=1)}),
     "past the context": ("input|max_tokens", {"images": (Image(0, ImagePatches(20, 20, b"\0" * 400 * 48)),)}),
 }
@@ -333,7 +345,7 @@ async def test_bad_images_are_refused(tmp_path: Path) -> None:
         for name, (field, changes) in BAD.items():
             with pytest.raises(InvalidRequest) as error:
                 await ask(engine, replace(good, **changes))
-            assert re.search(field, f"{error.value.field}"), (name, error.value.field)
+            assert re.search(field, said := f"{error.value.field}: {error.value}"), (name, said)
         assert (await ask(engine, good)).ids == want
         await check_quiet(engine)
     finally:

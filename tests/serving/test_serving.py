@@ -285,6 +285,12 @@ def test_inspect_judges_as_a_server_would(client: Client, capsys):
     loaded = client.load_adapter("dora", "lora_dora")
     assert (status, fields["kind"], fields["revision"]) == (0, "dora", loaded.revision)
     assert (fields["tensors"], fields["applied_sites"]) == (loaded.tensors, loaded.applied_sites)
+    for name, virtual in {"ia3": 0, "prefix": 5, "prompt_text": 6, "multitask_prompt": 5}.items():
+        fields = json.loads(inspect(name)[1])
+        assert fields["bytes"] == client.load_adapter(name, name).bytes > 0
+        assert fields["virtual_tokens"] == virtual
+        reads = virtual * 3 * 2 * 4 * (8 + 8)  # layers, a product and a sum, query heads, key and value
+        assert fields["flops_per_token"] == (reads or 3 * (64 + 2 * 16))
     status, _, err = inspect("miss")
     assert status == 1
     assert err.splitlines()[-1].startswith("peftmux adapters: UNSUPPORTED_METHOD: ")

@@ -16,9 +16,6 @@ from peftmux.cli.settings import Settings
 from peftmux.cli.values import DTYPES
 
 if TYPE_CHECKING:
-    import torch
-
-    from peftmux.adapters.parts import LoweredAdapter
     from peftmux.client import Adapter
 
 _OFFLINE = ("convert", "inspect", "merge")
@@ -99,7 +96,9 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    fields = _describe(*_lower(args.path, args.model))
+    from peftmux.cli.inspect import inspect_adapter
+
+    fields = inspect_adapter(args.path, args.model)
     print(_json(fields) if args.json else _lines(fields))
 
 
@@ -125,50 +124,6 @@ def _merge(args: argparse.Namespace) -> None:
         raise CommandError(str(error)) from error
     fields = {"folder": args.out, "kind": adapter.kind, "revision": adapter.digest, "sites": adapter.applied_sites}
     print(_json(fields) if args.json else _lines(fields))
-
-
-def _lower(path: str, model: str) -> tuple[LoweredAdapter, torch.dtype]:
-    """Read and lower the folder exactly as a server of `model` would; with the base's dtype."""
-    from peftmux.adapters.checkpoint import load_checkpoint
-    from peftmux.adapters.errors import AdapterError, AdapterInvalid
-    from peftmux.adapters.lower import load_adapter
-    from peftmux.adapters.torch_base import TorchBase
-
-    try:
-        module = load_checkpoint(model, dtype="auto")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CommandError(f"cannot load the base model {model!r}: {error}") from error
-    try:
-        return load_adapter(path, TorchBase(module)), module.dtype
-    except AdapterInvalid as error:
-        raise CommandError(f"{error.reason}: {error}") from error
-    except AdapterError as error:
-        raise CommandError(str(error)) from error
-
-
-def _describe(adapter: LoweredAdapter, dtype: torch.dtype) -> dict[str, Any]:
-    from peftmux.adapters.cost import cost
-
-    low, high = adapter.ranks
-    needed = cost(adapter, dtype)
-    return {
-        "loads": True,
-        "kind": adapter.kind,
-        "lowers_to": [f"{count} {part}" for part, count in sorted(needed.parts.items())],
-        "bytes": needed.size,
-        "flops_per_token": needed.flops,
-        "cache_bytes_per_token": needed.cache,
-        "revision": adapter.digest,
-        "min_rank": low,
-        "max_rank": high,
-        "virtual_tokens": adapter.parts.prefix.length if adapter.parts.prefix else 0,
-        "labels": list(adapter.parts.head.labels) if adapter.parts.head else [],
-        "applied_sites": adapter.applied_sites,
-        "tensors": adapter.tensors,
-        "parameters": adapter.parameters,
-        "warnings": list(adapter.warnings),
-        "sites": sorted(adapter.parts.places),
-    }
 
 
 def _show(adapters: Iterable[Adapter], as_json: bool) -> None:

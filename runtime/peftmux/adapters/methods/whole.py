@@ -77,8 +77,8 @@ def _unset(name: str, value: object) -> tuple[str, ...]:
 
 def _biases(base: BaseModel) -> list[str]:
     """The modules that have one."""
-    sites = (*base.linear_sites.values(), *base.norm_sites.values())
-    return [site.name for site in sites if site.has_bias]
+    linear = [site.name for site in base.linear_sites.values() if site.has_bias]
+    return linear + [norm.name for norm in base.norm_sites.values() if norm.has_bias]
 
 
 def _check_all_there(wanted: Iterable[tuple[str, Iterable[str]]], found: Mapping[str, Container[str]]) -> None:

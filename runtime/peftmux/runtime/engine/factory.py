@@ -34,6 +34,8 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+BLOCK_SIZE = 16
+"""Tokens of a cache block, unless configured."""
 _HOST_CACHE_BYTES = 4 << 30
 _DEVICE_CACHE_SHARE = 0.85
 """Of the memory that is free on the GPU once the model is loaded."""
@@ -61,7 +63,7 @@ class EngineConfig:
     """Bytes: at most 4 GiB on the CPU, 85 % of what is free on a GPU; never more than all rows at full length need."""
     adapter_memory: int | None = None
     """Bytes that adapters may hold on the device; None is no limit."""
-    block_size: int = 16
+    block_size: int = BLOCK_SIZE
     prefix_caching: bool = True
     num_threads: int | None = None
     context_length: int | None = None

@@ -43,6 +43,7 @@ class AttentionLayer:
 
     module: nn.Module
     kv: KVShape
+    query_heads: int
     windowed: bool
     """It sees only the tokens of a sliding window."""
 
@@ -65,8 +66,9 @@ class _Recorder:
         if any(layer.module is module for layer in self.layers):
             raise UnsupportedModel(f"{name} attends more than once a step with one module")
         windowed = kwargs.get("sliding_window") is not None
-        self.layers.append(AttentionLayer(module, KVShape(key.shape[1], key.shape[3], value.shape[3]), windowed))
         batch, heads, tokens, _ = query.shape
+        shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
+        self.layers.append(AttentionLayer(module, shape, heads, windowed))
         return query.new_zeros(batch, tokens, heads, value.shape[3]), None
 
 

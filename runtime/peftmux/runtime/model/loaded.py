@@ -177,6 +177,11 @@ class LoadedModel:
     def kv_shapes(self) -> Sequence[KVShape]:
         return tuple(layer.kv for layer in self.layers)
 
+    @property
+    def flops_per_key(self) -> int:
+        """What one more token of context costs each token, over all layers: a product with a key and with a value."""
+        return sum(2 * layer.query_heads * (layer.kv.key_dim + layer.kv.value_dim) for layer in self.layers)
+
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a generation, of the generation config or the model's config."""
