@@ -79,3 +79,17 @@ def test_the_model_is_bare_again_when_all_have_left():
             adapter.detach()
         assert torch.equal(model(input_ids=ids).logits, plain)
     assert list(dict(model.named_modules())) == names
+
+
+def test_the_head_is_given_one_block_while_an_adapter_is_attached():
+    model = build_model("llama")
+    seen: list[bool] = []
+    model.lm_head.register_forward_hook(lambda module, given, output: seen.append(given[0].is_contiguous()))
+    ids = random_ids(3)
+    alone = model(input_ids=ids, logits_to_keep=4).logits
+    adapter = METHODS["lora"].attach(model, METHODS["lora"].config_class(), AttachContext(0))
+    attached = model(input_ids=ids, logits_to_keep=4).logits
+    adapter.detach()
+    model(input_ids=ids, logits_to_keep=4)
+    assert seen == [False, True, False]
+    torch.testing.assert_close(attached, alone, rtol=0, atol=1e-5)

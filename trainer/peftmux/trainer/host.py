@@ -94,6 +94,7 @@ class Host:
         self.spans: tuple[tuple[str, slice], ...] | None = None
         """The batch's rows by adapter, covering all of them in order; None: all are the one adapter's."""
         self._adapters: dict[str, AttachedAdapter] = {}
+        self._head: RemovableHandle | None = None
         self._hook: RemovableHandle | None = None
         self._reader: RemovableHandle | None = None
         self._given: Any = None
@@ -110,6 +111,8 @@ class Host:
     def add(self, adapter: AttachedAdapter) -> None:
         if not self._adapters:
             self.model.requires_grad_(False)
+            head = self.model.get_output_embeddings()
+            self._head = head and head.register_forward_pre_hook(_dense)
         self._adapters[adapter.key] = adapter
         for name, change in adapter.changes.items():
             place = self.model.get_submodule(name)
@@ -132,6 +135,9 @@ class Host:
 
     def remove(self, adapter: AttachedAdapter) -> None:
         del self._adapters[adapter.key]
+        if not self._adapters and self._head is not None:
+            self._head.remove()
+            self._head = None
         for name in adapter.changes:
             place = self.model.get_submodule(name)
             del place.changes[adapter.key]
@@ -235,6 +241,11 @@ class Host:
 
 def _needs_hook(adapter: AttachedAdapter) -> bool:
     return bool(adapter.prefix or adapter.virtual or adapter.sees_both_ways or adapter.head)
+
+
+def _dense(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last positions of each row as one block: torch multiplies a cut-out row by row, and reads the weight anew."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
