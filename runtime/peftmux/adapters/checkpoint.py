@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from peftmux.adapters.quantised import quantisation_config
+from peftmux.adapters.quantised import quantisation_config, weights_stay_as_stored
 
 
 class UnusableCheckpoint(ValueError):
@@ -50,6 +50,7 @@ def load_checkpoint(
             + ", ".join(missing[:4])
             + (", ..." if len(missing) > 4 else "")
         )
+    weights_stay_as_stored(model)
     return model if quantised or device is None else model.to(device)  # type: ignore[arg-type]
 
 

@@ -53,7 +53,8 @@ def by_weight_only(module: nn.Module) -> None:
 def weights_stay_as_stored(module: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for its CPU kernel when a layer is first used in evaluation.
 
-    Packing rounds the blocks' scales to bfloat16: training would go on over another base than it began with.
+    Packing rounds the blocks' scales to bfloat16, and its kernel rounds its inputs: training would go on over another
+    base than it began with, and serving give other numbers than training.
     """
     for layer in module.modules():
         if is_quantised(layer) and type(layer).__name__ == _FOUR:

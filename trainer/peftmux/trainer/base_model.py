@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from peftmux.adapters.checkpoint import load_checkpoint
-from peftmux.adapters.quantised import weights_stay_as_stored
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.options import RunOptions
 
@@ -21,7 +20,6 @@ def load_base(options: RunOptions) -> tuple[Any, Any]:
     extra: dict[str, Any] = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     try:
         model = load_checkpoint(options.model, quantization=options.quantization, dtype=options.dtype, **extra)
-        weights_stay_as_stored(model)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         message = f"{options.model} cannot be loaded as a causal LM with its tokenizer: {error}"
