@@ -35,9 +35,9 @@ def test_the_peak_above_the_idle_process(size: str, tmp_path: Path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(**{**COMMON, **HEADS, **shape})).save_pretrained(tmp_path / "base")
     build_tokenizer().save_pretrained(tmp_path / "base")
-    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * 20, "completion": "b" * 60} for _ in range(16)])
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * 20, "completion": "b" * 60} for _ in range(32)])
     runs = [
-        {"method": method, "training": {"per_device_train_batch_size": 8, "gradient_checkpointing": again}}
+        {"method": method, "training": {"per_device_train_batch_size": 16, "gradient_checkpointing": again}}
         for method, again in methods
     ]
     done = subprocess.run(
