@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftmux.adapters.norms import norm_layers, vectors
+from peftmux.adapters.tables import table_scale
 from peftmux.adapters.torch_base import TorchBase
-from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part
+from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part, scaled_part
 from peftmux.kernels.norms import NormPart, apply_norm_part
 from peftmux.kernels.rows import ReplacedRows, apply_replaced_rows
 from peftmux.trainer.errors import OptionError
@@ -68,8 +69,12 @@ class WholeNorm(WholeChange):
 
 
 class WholeEmbedding(WholeChange):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._factor = table_scale(module) or 1.0
+
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        return apply_embedding_part(y, x, EmbeddingPart(rows=self.values["weight"]))
+        return apply_embedding_part(y, x, scaled_part(EmbeddingPart(rows=self.values["weight"]), self._factor))
 
 
 def _attach(model: Any, config: LayersConfig, context: AttachContext) -> AttachedAdapter:
