@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peftmux.kernels.lowrank import LinearPart, Segments, choose_training
 from peftmux.trainer.inputs import Inputs, PrefixSource, VirtualTokens
 
 if TYPE_CHECKING:
@@ -39,11 +40,20 @@ class Change(nn.Module):
         """What stands for the base's output y. x is what the place was given, not what `before` made of it."""
         return y
 
+    def low_rank(self) -> LinearPart | None:
+        """All that it does, where that is a low-rank term: many such are one operation, over their rows together."""
+        return None
+
     def file_tensors(self) -> Mapping[str, Tensor]:
         return {}
 
 
-_NOTHING = Change()
+class _Nothing(Change):
+    def low_rank(self) -> LinearPart:
+        return LinearPart()
+
+
+_NOTHING = _Nothing()
 
 
 class Place(nn.Module):
@@ -74,6 +84,9 @@ class Place(nn.Module):
             change = self.changes[key] if key in self.changes else _NOTHING  # noqa: SIM401
             return change.after(base(change.before(x)), x)  # type: ignore[operator]
         here = [self.changes[key] if key in self.changes else _NOTHING for key, _ in spans]  # noqa: SIM401
+        low_rank = [change.low_rank() for change in here]  # type: ignore[operator]
+        if None not in low_rank:
+            return self.__dict__["host"].add_low_rank(base(x), x, low_rank)
         pieces = x.split(sizes)  # not slices: the gradient of a slice is as large as x
         given = _cat([change.before(piece) for change, piece in zip(here, pieces, strict=True)])  # type: ignore[operator]
         parts = _split(base(given), sizes)
@@ -93,6 +106,8 @@ class Host:
         self.model = model
         self.spans: tuple[tuple[str, slice], ...] | None = None
         """The batch's rows by adapter, covering all of them in order; None: all are the one adapter's."""
+        self._segments: dict[int, Segments] = {}
+        """The spans in tokens, by how many tokens a row has."""
         self._adapters: dict[str, AttachedAdapter] = {}
         self._head: RemovableHandle | None = None
         self._hook: RemovableHandle | None = None
@@ -182,6 +197,7 @@ class Host:
             spans.append((key, slice(start, start + count)))
             start += count
         before, self.spans = self.spans, tuple(spans)
+        self._segments = {}
         try:
             yield
         finally:
@@ -199,6 +215,19 @@ class Host:
     def rows_of(self, key: str) -> slice | None:
         """The batch's rows that are this adapter's; None where it has none."""
         return slice(None) if self.spans is None else dict(self.spans).get(key)
+
+    def add_low_rank(self, y: Any, x: Any, parts: Sequence[LinearPart]) -> Any:
+        """y: [B, ..., N], x: [B, ..., K] where there is a part; each is that of the rows of one span."""
+        assert self.spans is not None
+        if not any(part.rank for part in parts):
+            return y
+        rows = x.flatten(0, -2)
+        each = len(rows) // len(x)
+        if each not in self._segments:
+            counts = [(span.stop - span.start) * each for _, span in self.spans]
+            self._segments[each] = Segments.build(range(1, len(counts) + 1), counts, x.device)
+        add = choose_training(x.device)
+        return add(y.flatten(0, -2), rows, dict(enumerate(parts, 1)), self._segments[each]).view_as(y)
 
     @property
     def loss_function(self) -> Any:

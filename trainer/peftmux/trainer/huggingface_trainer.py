@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Host
 from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
 
@@ -41,6 +40,8 @@ class AdapterTrainer(Trainer):
         self.shared_pass: Callable[[dict[str, Any], Any], torch.Tensor] | None = None
         """Makes a micro-batch's pass and returns its loss, in the place of this Trainer, whose model has adapters of
         others too."""
+        self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Within it this Trainer's own passes are made, those of an evaluation."""
         with _known_to_have_adapters(kwargs["model"]):
             super().__init__(**kwargs)
         if preference is not None:
@@ -81,8 +82,7 @@ class AdapterTrainer(Trainer):
         return self.shared_pass(self._prepare_inputs(inputs), num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        alone = Host.of(self.model).only(self.adapter.key) if self.shared_pass is not None else nullcontext()
-        with alone:
+        with self.alone():
             return super().evaluate(*args, **kwargs)
 
     def _preference_loss(self, model: Any, inputs: Any) -> Any:

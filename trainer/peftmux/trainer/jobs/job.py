@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host import Host
 from peftmux.trainer.huggingface_trainer import PlainLog
 from peftmux.trainer.loop import train_and_evaluate
 from peftmux.trainer.prepared import Prepared, make_trainer
@@ -45,6 +46,7 @@ class Job:
         ready.args.disable_tqdm = True
         self.trainer = make_trainer(ready)
         self.trainer.shared_pass = self._ask
+        self.trainer.alone = self._alone
         self.trainer.remove_callback(PlainLog)
         self.trainer.add_callback(PlainLog(f"{name}: "))
         self.batch: dict[str, Any] | None = None
@@ -55,6 +57,9 @@ class Job:
         self._stop = False
         self._error: BaseException | None = None
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._threads = torch.get_num_threads()
+        """Of the passes. The loop itself has one: each thread that has computed in parallel keeps a team of workers,
+        and where the teams outnumber the cores every small operation of a pass waits for its team to wake up."""
         self._thread = threading.Thread(target=self._run, name=f"job {name}", daemon=True)
         self._random = _random_state()
         self._gradients: dict[str, Tensor | None] = {}
@@ -127,7 +132,18 @@ class Job:
             self._random = _random_state()
             _set_random_state(outside)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within it passes are made here, of this adapter alone, with all of the processor's threads."""
+        torch.set_num_threads(self._threads)
+        try:
+            with Host.of(self.trainer.model).only(self.adapter.key):
+                yield
+        finally:
+            torch.set_num_threads(1)
+
     def _run(self) -> None:
+        torch.set_num_threads(1)  # see `_threads`
         try:
             self.metrics = train_and_evaluate(self.trainer, self.ready.options)
         except Stopped:
@@ -136,6 +152,7 @@ class Job:
             self._error = error
         finally:
             self.batch = None
+            torch.set_num_threads(self._threads)  # also what threads that come later start with
             self._back.release()
 
     def _ask(self, batch: dict[str, Any], items: Any) -> Tensor:

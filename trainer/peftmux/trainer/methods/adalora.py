@@ -75,6 +75,7 @@ def budget(config: AdaLoraConfig, sites: int, step: int, total: int) -> int:
 class TripletLinear(LinearChange):
     """One layer's triplets, the ones the budget has taken away (`kept` is 0) with a singular value of zero."""
 
+    low_rank_alone = True
     kept: Tensor
 
     def __init__(self, layer: nn.Module, config: AdaLoraConfig, generator: torch.Generator) -> None:

@@ -21,6 +21,8 @@ class DoraLinear(LoraLinear):
     The norm of the updated weight is a constant to the gradient (section 4.3 of the paper).
     """
 
+    low_rank_alone = False
+
     def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
         super().__init__(base_layer, rank, scale, drop, generator)
         self._base = (base_layer,)  # no submodule: it is the base's

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,18 @@ from peftmux.trainer.host import Change
 class LinearChange(Change):
     """y: [..., out], x: [..., in]. Subclasses say what the part is, and hold its trainable tensors."""
 
+    low_rank_alone: ClassVar[bool] = False
+    """The part has a, b and a scale, and nothing else."""
+
     def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
         self.drop = drop
 
     def part(self) -> LinearPart:
         raise NotImplementedError
+
+    def low_rank(self) -> LinearPart | None:
+        return self.part() if self.low_rank_alone and not (self.drop and self.training) else None
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
         if self.drop and self.training:

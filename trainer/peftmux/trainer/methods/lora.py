@@ -51,6 +51,8 @@ class LoraConfig:
 class LoraLinear(LinearChange):
     """A: [r, in] from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, B: [out, r] zero."""
 
+    low_rank_alone = True
+
     def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
         super().__init__(drop)
         weight = weight_out_in(base_layer)
