@@ -13,7 +13,7 @@ from peftmux.adapters.compose import obstacle
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.images import ImageRule
 from peftmux.adapters.parts import IMAGES, KVPrefix, LoweredAdapter, TokenGroup, VisionPart
-from peftmux.kernels.tree import mapped
+from peftmux.kernels.tree import mapped, tensors
 from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.cache import block_bytes
@@ -47,6 +47,12 @@ class PreparedAdapter:
     """[prompts, n, D] in the model's dtype on the CPU: what `DevicePlacement.chunks` computes."""
     caches: tuple[SideCache, ...] = ()
     """What it shares with other adapters, beside `size`."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that steps will read or write of it."""
+        yield from tensors([prepared for _, prepared in self.sites])
+        yield from tensors(self.stored)
+        yield from tensors([cache.layers for cache in self.caches])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,7 +213,7 @@ class DevicePlacement:
                 f"adapter {name!r} needs {needed} bytes: expected at most {self._budget - self.bytes} of the "
                 f"adapter memory's {self._budget}, the rest is held by other adapters"
             )
-        adapter.upload.wait()
+        adapter.upload.wait(adapter.tensors())
         parts = adapter.lowered.parts
         first_position, prefixes = 0, self._place_prefixes(name, adapter)
         if parts.prefix is not None:

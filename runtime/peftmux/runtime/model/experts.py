@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -107,7 +108,7 @@ class RouterSite:
         changed = routed_weight(weight, on_device).to(self._weight.dtype)
         if not changed.isfinite().all():
             raise ValueError(f"expected finite values, got inf or nan in a router's weight as {changed.dtype}")
-        return PreparedRouter(_with_weight(self._module, changed), changed.nbytes)
+        return PreparedRouter(_with_weight(self._module, changed), changed)
 
     def put(self, slot: int, prepared: PreparedRouter) -> None:
         self._held[slot] = prepared
@@ -119,12 +120,16 @@ class RouterSite:
         return self._held[slot].module(x)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class PreparedRouter:
     """A router of one adapter; everything but its weight is the base's."""
 
-    def __init__(self, module: nn.Module, nbytes: int) -> None:
-        self.module = module
-        self.nbytes = nbytes
+    module: nn.Module
+    weight: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
 
 
 class RouterForward:

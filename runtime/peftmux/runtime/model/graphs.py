@@ -54,9 +54,12 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # Torch hands out streams of one priority in turn, so a later one can be the uploads': what a loader thread
+        # copies would then be captured. Of this priority there is no other.
+        self._stream = torch.cuda.Stream(priority=-1)
 
     def __call__(self, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries take their workspaces before the capture
             for _ in range(self._WARM_RUNS):
