@@ -13,6 +13,7 @@ With --dry everything runs on the CPU with tiny shapes, GPU tests skip themselve
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
@@ -102,8 +103,16 @@ def slug(name: str) -> str:
 
 
 def gpu_test_files(root: Path) -> list[Path]:
-    """Test files that name the `gpu` marker. Others are not collected: they may import what is not installed here."""
-    return sorted(path for path in root.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
+    """Test files that use the `gpu` marker. Others are not collected: they may import what is not installed here."""
+    return sorted(path for path in root.rglob("test_*.py") if _marks_gpu(path.read_text(encoding="utf-8")))
+
+
+def _marks_gpu(source: str) -> bool:
+    """In its code: a text that names the marker is no use of it."""
+    if "mark.gpu" not in source:
+        return False
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute) and node.attr == "gpu")
+    return any(isinstance(node.value, ast.Attribute) and node.value.attr == "mark" for node in nodes)
 
 
 def pytest_command(files: Sequence[Path], report: Path) -> list[str]:

@@ -2,8 +2,10 @@
 
     python -m benchmarks.plain_tests [--junitxml=FILE] FILES
 
-parametrize, skip and skipif marks, fixtures (of function and module scope, plain or generators), raises, approx, skip,
-importorskip, param, monkeypatch and tmp_path. Anything else fails the file that uses it, by name.
+Of each file the tests with a gpu mark. parametrize, skip and skipif marks, fixtures (plain or generators, of the file
+or of a conftest.py in its folder or above; those of a wider scope than a function's last for the file), raises, approx
+of numbers and of lists of them, skip, importorskip, param, monkeypatch and tmp_path. Anything else fails the file that
+uses it, by name.
 """
 
 from __future__ import annotations
@@ -54,14 +56,24 @@ class _Fixture:
 
 
 class _Approx:
-    def __init__(self, value: float, rel: float = 1e-6, abs: float = 1e-12) -> None:
-        self.value, self.margin = value, max(rel * (value if value > 0 else -value), abs)
+    """A number, or some in their order."""
+
+    def __init__(self, value: float | Sequence[float], rel: float = 1e-6, abs: float = 1e-12) -> None:
+        self.value, self.rel, self.abs = value, rel, abs
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, (int, float)) and -self.margin <= other - self.value <= self.margin
+        if isinstance(self.value, (int, float)):
+            return isinstance(other, (int, float)) and self._close(other, self.value)
+        if not isinstance(other, (list, tuple)) or len(other) != len(self.value):
+            return False
+        return all(map(self._close, other, self.value))
+
+    def _close(self, one: float, expected: float) -> bool:
+        margin = max(self.rel * (expected if expected > 0 else -expected), self.abs)
+        return one == expected or -margin <= one - expected <= margin
 
     def __repr__(self) -> str:
-        return f"{self.value} ± {self.margin}"
+        return f"about {self.value}"
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -148,10 +160,11 @@ def stand_in() -> types.ModuleType:
 
 
 class File:
-    """The tests of one file."""
+    """The tests of one file that are marked gpu."""
 
-    def __init__(self, module: types.ModuleType) -> None:
+    def __init__(self, module: types.ModuleType, path: Path) -> None:
         self._module = module
+        self._path = path.resolve()
         self._kept: dict[str, Any] = {}
         self._open = contextlib.ExitStack()
 
@@ -161,6 +174,8 @@ class File:
         for name, test in vars(self._module).items():
             if name.startswith("test_") and inspect.isfunction(test):
                 marks = [*(shared if isinstance(shared, list) else [shared]), *getattr(test, "pytestmark", [])]
+                if all(mark.name != "gpu" for mark in marks):
+                    continue
                 for values in _combinations([mark for mark in marks if mark.name == "parametrize"]):
                     label = f"{name}{list(values.values()) if values else ''}"
                     yield label, lambda test=test, marks=marks, values=values: self._run(test, marks, values)  # type: ignore[misc]
@@ -185,9 +200,7 @@ class File:
             patch = MonkeyPatch()
             stack.callback(patch.undo)
             return patch
-        found = getattr(self._module, name, None)
-        if not isinstance(found, _Fixture):
-            raise LookupError(f"expected a fixture {name!r} in the test's own file, got none")
+        found = self._fixture(name)
         lasting = found.scope != "function"
         owner = self._open if lasting else stack
         needed = inspect.signature(found.make).parameters
@@ -197,6 +210,16 @@ class File:
         if lasting:
             self._kept[name] = made
         return made
+
+    def _fixture(self, name: str) -> _Fixture:
+        """The nearest one: a conftest.py is imported only for what is not found nearer."""
+        found = getattr(self._module, name, None)
+        for folder in self._path.parents:
+            if isinstance(found, _Fixture):
+                return found
+            if (folder / "conftest.py").exists():
+                found = getattr(_conftest(folder / "conftest.py"), name, None)
+        raise LookupError(f"expected a fixture {name!r} in the test's own file or a conftest.py above it, got none")
 
 
 def _combinations(marks: Sequence[Mark]) -> Iterator[dict[str, Any]]:
@@ -212,8 +235,13 @@ def _combinations(marks: Sequence[Mark]) -> Iterator[dict[str, Any]]:
         yield {name: value for part in chosen for name, value in part.items()}
 
 
-def load(path: Path) -> types.ModuleType:
-    specification = importlib.util.spec_from_file_location(f"plain_{path.stem}", path)
+@functools.cache
+def _conftest(path: Path) -> types.ModuleType:
+    return load(path, f"plain_{path.parent.name}_conftest")
+
+
+def load(path: Path, name: str) -> types.ModuleType:
+    specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -227,7 +255,7 @@ def run(files: Sequence[Path]) -> Counter[str]:
     totals: Counter[str] = Counter(tests=0, failures=0, errors=0, skipped=0)
     for path in files:
         try:
-            file = File(load(path))
+            file = File(load(path, f"plain_{path.stem}"), path)
         except Skipped as reason:
             print(f"{path}: skipped: {reason}")
             totals.update(tests=1, skipped=1)

@@ -58,6 +58,7 @@ def test_missing_package_is_named(gpu, monkeypatch, capsys):
 def test_only_files_with_gpu_tests_are_collected(gpu, tmp_path):
     (tmp_path / "test_cpu.py").write_text("import not_installed")
     (tmp_path / "test_both.py").write_text("@pytest.mark.gpu\ndef test(): ...")
+    (tmp_path / "test_text.py").write_text("BODY = '@pytest.mark.gpu'\ndef test(): ...  # pytest.mark.gpu")
     assert gpu.gpu_test_files(tmp_path) == [tmp_path / "test_both.py"]
 
 
@@ -105,6 +106,12 @@ def test_close(a, b, c):
     with pytest.raises(ZeroDivisionError, match="zero"):
         a / c
 
+def test_lists(of_the_folder):
+    assert of_the_folder == pytest.approx([1, -2.0000001])
+    assert of_the_folder != pytest.approx([1, -2.1])
+    assert of_the_folder != pytest.approx([1])
+    assert of_the_folder == pytest.approx([1.05, -2.05], abs=0.1)
+
 def test_patched(monkeypatch):
     import json
     before = json.dumps
@@ -124,18 +131,66 @@ def test_never():
 """
 
 
+CONFTEST = """
+import pytest
+
+@pytest.fixture(scope="session")
+def of_the_folder():
+    return [1, -2]
+"""
+
+
 def test_without_pytest_the_tests_run_all_the_same(gpu, suite, monkeypatch):
     found = gpu._found
     monkeypatch.setattr(gpu, "_found", lambda module: module != "pytest" and found(module))
     folder = suite(PLAIN)
+    (folder / "tests" / "conftest.py").write_text(CONFTEST)
     monkeypatch.setattr(gpu, "ROOTS", (str(SCRIPT.parents[1]),))
     outcome = gpu.run_tests(folder, False, 60)
-    assert (outcome.status, outcome.counts) == ("passed", {"tests": 7, "failures": 0, "errors": 0, "skipped": 1})
+    assert (outcome.status, outcome.counts) == ("passed", {"tests": 8, "failures": 0, "errors": 0, "skipped": 1})
+
+
+def test_without_pytest_the_repository_s_own_gpu_tests_are_found_and_their_fixtures_made(gpu, monkeypatch, tmp_path):
+    """All of them skip themselves without a device, so here every fixture they name is looked for."""
+    files = gpu.gpu_test_files(gpu.REPOSITORY / "tests")
+    assert Path(__file__) not in files
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    outcome = gpu.run([sys.executable, str(probe), *map(str, files)], 120)
+    assert outcome.status == "passed"
+
+
+PROBE = """
+import inspect, pathlib, sys
+from benchmarks import plain_tests
+sys.modules["pytest"] = plain_tests.stand_in()
+seen = 0
+for path in map(pathlib.Path, sys.argv[1:]):
+    module = plain_tests.load(path, path.stem)
+    file = plain_tests.File(module, path)
+    for name, test in vars(module).items():
+        if name.startswith("test_") and inspect.isfunction(test):
+            given = [m.args[0] for m in getattr(test, "pytestmark", []) if m.name == "parametrize"]
+            given = {n.strip() for names in given for n in (names.split(",") if isinstance(names, str) else names)}
+            for wanted in inspect.signature(test).parameters.keys() - given - {"tmp_path", "monkeypatch"}:
+                file._fixture(wanted)
+                seen += 1
+assert seen
+"""
+
+
+FAILING = """
+@pytest.mark.gpu
+def test_one(): assert False
+@pytest.mark.gpu
+def test_two(unknown): pass
+def test_not_for_the_gpu(): assert False
+"""
 
 
 def test_without_pytest_a_failing_test_fails_the_run(gpu, suite, monkeypatch):
     monkeypatch.setattr(gpu, "_found", lambda module: module != "pytest")
-    folder = suite("@pytest.mark.gpu\ndef test_one(): assert False\ndef test_two(unknown): pass")
+    folder = suite(FAILING)
     monkeypatch.setattr(gpu, "ROOTS", (str(SCRIPT.parents[1]),))
     outcome = gpu.run_tests(folder, False, 60)
     assert (outcome.status, outcome.counts["failures"]) == ("failed", 2)
