@@ -8,6 +8,7 @@ several sets of weights and adapters take turns, never the kernel by itself; wha
 base's own, and a step's metadata is timed apart, since all sites of a step share it. Floors follow from the rates of a
 copy and of a large product, both measured here. An opponent's file offers `build(problem)`: see
 `benchmarks.lowrank_cases.Problem`. Cases come in order of importance; those that the budget does not reach are named.
+Both files are written anew after each case.
 """
 
 from __future__ import annotations
@@ -200,6 +201,8 @@ def table(machine: Result, results: Mapping[str, Result]) -> str:
         cells = [f"{result['base_us']:.1f}", f"{result['floor_us']:.2f}"]
         cells += [_cell(result["forms"].get(name)) for name in names]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    unusable = machine["unusable_opponents"]
+    lines += ["", *(f"{name} cannot be used: {why}" for name, why in unusable.items())] if unusable else []
     return "\n".join(lines) + "\n"
 
 
@@ -210,6 +213,35 @@ def _cell(form: Result | None) -> str:
         return "failed"
     times = form["times_floor"]
     return f"{form['added_us']:.2f}" + (f" ({times:.2f})" if times is not None else "")
+
+
+def opponents(named: Sequence[str]) -> tuple[dict[str, Build], dict[str, str]]:
+    """-> (forms by name, why the others cannot be used, by name). What cannot be used is also said on stderr."""
+    forms: dict[str, Build] = {}
+    unusable: dict[str, str] = {}
+    for each in named:
+        try:
+            name, build = opponent(each)
+        except (Exception, SystemExit) as error:  # importing another project's file may raise anything
+            unusable[each.partition("=")[0]] = f"{type(error).__name__}: {error}"
+            print(f"--opponent {each}: {type(error).__name__}: {error}", file=sys.stderr)
+        else:
+            forms[name] = lambda problem, pool, build=build: build(problem)  # type: ignore[misc]
+    return forms, unusable
+
+
+def write(
+    folder: Path, machine: Result, results: Mapping[str, Result], left_out: Sequence[str], no_room: Sequence[str]
+) -> None:
+    """lowrank.json and lowrank.md of what is measured so far; each is whole whenever this process is stopped."""
+    machine = {**machine, "left_out": len(left_out)}
+    written = {**machine, "results": results, "cut_by_the_budget": left_out, "no_room": no_room}
+    for name, text in (
+        ("lowrank.json", json.dumps(written, indent=2) + "\n"),
+        ("lowrank.md", table(machine, results)),
+    ):
+        (folder / f"{name}.new").write_text(text, encoding="utf-8")
+        (folder / f"{name}.new").replace(folder / name)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -231,43 +263,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ours": lambda problem, pool: Ours(problem, pool.site),
         "torch loop": lambda problem, pool: TorchLoop(problem),
     }
-    try:
-        for name, build in map(opponent, options.opponent):
-            forms[name] = lambda problem, pool, build=build: build(problem)  # type: ignore[misc]
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    theirs, unusable = opponents(options.opponent)
+    forms.update(theirs)
     device = torch.device("cpu" if options.dry else "cuda")
     dtype = torch.float32 if options.dry else torch.bfloat16
     scale = DRY if options.dry else FULL
     rates = Rates(bandwidth(device, scale.copied), arithmetic(device, dtype, scale.product))
     bench = Bench(scale, device, dtype, rates)
     options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Result] = {}
-    left_out: list[str] = []
-    no_room: list[str] = []
-    for case in cases(scale):
-        if time.monotonic() - started >= options.budget:
-            left_out.append(case.name)
-            continue
-        try:
-            results[case.name] = bench.run(case, forms)
-        except torch.OutOfMemoryError:
-            bench.release()
-            no_room.append(case.name)
-            continue
-        print(f"{case.name}: {json.dumps(results[case.name])}", flush=True)
     machine: Result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu (dry)",
         "dtype": str(dtype).removeprefix("torch."),
         "bytes_per_second": rates.bytes_per_second,
         "flops_per_second": rates.flops_per_second,
         "copies": scale.copies,
-        "left_out": len(left_out),
+        "unusable_opponents": unusable,
     }
-    written = {**machine, "results": results, "cut_by_the_budget": left_out, "no_room": no_room}
-    (options.out / "lowrank.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-    (options.out / "lowrank.md").write_text(table(machine, results), encoding="utf-8")
+    results: dict[str, Result] = {}
+    no_room: list[str] = []
+    wanted = cases(scale)
+    write(options.out, machine, results, [case.name for case in wanted], no_room)
+    for done, case in enumerate(wanted, 1):
+        if time.monotonic() - started >= options.budget:
+            break
+        try:
+            results[case.name] = bench.run(case, forms)
+            print(f"{case.name}: {json.dumps(results[case.name])}", flush=True)
+        except torch.OutOfMemoryError:
+            bench.release()
+            no_room.append(case.name)
+        write(options.out, machine, results, [case.name for case in wanted[done:]], no_room)
     return 1 if any("failed" in result["forms"]["ours"] for result in results.values()) else 0
 
 

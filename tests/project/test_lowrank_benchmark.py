@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.lowrank import Bench, main, opponents
 from benchmarks.lowrank_cases import DRY, FULL, Case, Rates, cases, segments
 from benchmarks.lowrank_forms import opponent
 
@@ -98,6 +100,42 @@ def test_the_whole_flow_dry(tmp_path: Path) -> None:
             assert case["forms"][name]["repeatable"]
         assert case["forms"]["bad"] == {"failed": "RuntimeError: no such kernel"}
     assert "| 6 tokens, distinct, r=4, single |" in (tmp_path / "lowrank.md").read_text()
+
+
+def test_an_opponent_that_cannot_be_used_leaves_the_others_theirs(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text(GOOD)
+    (tmp_path / "lacks.py").write_text("import no_such_package\n")
+    (tmp_path / "exits.py").write_text("raise SystemExit('no device')\n")
+    named = [f"{name}={tmp_path / name}.py" for name in ("lacks", "exits", "absent", "good")]
+    forms, unusable = opponents(named)
+    assert list(forms) == ["good"]
+    assert unusable == {
+        "lacks": "ModuleNotFoundError: No module named 'no_such_package'",
+        "exits": "SystemExit: no device",
+        "absent": f"ValueError: --opponent absent: expected a Python file, got '{tmp_path / 'absent'}.py'",
+    }
+
+
+def test_what_is_measured_stays_when_the_run_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Bench.run
+    ran: list[str] = []
+
+    def stopped(self: Bench, case: Case, forms: Any) -> Any:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(case.name)
+        return measured(self, case, forms)
+
+    monkeypatch.setattr(Bench, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--dry", "--out", str(tmp_path), "--opponent", "absent=/no/such.py"])
+    written = json.loads((tmp_path / "lowrank.json").read_text())
+    assert list(written["results"]) == ran
+    assert written["cut_by_the_budget"] == [case.name for case in cases(DRY)][2:]
+    assert list(written["unusable_opponents"]) == ["absent"]
+    summary = (tmp_path / "lowrank.md").read_text()
+    assert f"| {ran[1]} |" in summary
+    assert "absent cannot be used: ValueError" in summary
 
 
 def test_what_the_budget_cuts_is_named(tmp_path: Path) -> None:

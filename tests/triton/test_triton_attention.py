@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftmux.kernels.attention import AttentionRows, StaticRows, paged_attention, triton_kernels, triton_ops
+from peftmux.kernels.attention import (
+    AttentionRows,
+    StaticRows,
+    paged_attention,
+    triton_kernels,
+    triton_ops,
+    triton_shapes,
+)
 from peftmux.kernels.attention.tiles import DECODE, SHORT, WHOLE
 from peftmux.kernels.attention.triton_path import TritonAttention
 from tests.triton.attention_cases import MIXES, OPTIONS, Case, Request, check, make_case
@@ -175,6 +182,18 @@ def test_a_decode_launch_of_fewer_programs_than_items() -> None:
     expected = case.run(path)
     path._most = 4
     assert torch.equal(case.run(path), expected)
+
+
+@pytest.mark.parametrize("kind", [SHORT, WHOLE])
+def test_a_grid_of_fewer_programs_than_items(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a prefill with more tiles than a grid's second axis may have programs."""
+    shape = triton_shapes.Shape(kind, 8, 4, 128, 128, 16, torch.bfloat16)
+    assert shape.programs_of(200_000, 8)[1] == 65_535
+    assert shape.programs_of(7, 8)[1] == 7
+    case = make_case(SMALL, MIXES["everything"], OPTIONS["all"], torch.float32)
+    whole = run(case)
+    monkeypatch.setattr(triton_shapes, "MOST_ITEMS", 2)
+    assert torch.equal(run(case), whole)
 
 
 def test_static_rows_say_what_does_not_fit() -> None:

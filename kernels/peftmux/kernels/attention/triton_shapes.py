@@ -12,6 +12,8 @@ from peftmux.kernels.attention.tiles import DECODE, KINDS, SPLIT_KEYS, WHOLE
 
 WIDEST = 512
 """Elements of a key or value."""
+MOST_ITEMS = 65_535
+"""Programs of a grid's second axis, at most: each takes every so manieth item."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,17 @@ class Shape:
         """Where keys lie is read one stage before they are: five stages hold two blocks of keys and of values.
 
         A product of 64 queries is not pipelined: its weights are an operand in registers, and ptxas before 13.3
-        miscompiles that on Hopper (triton issue 9433).
+        miscompiles that on Hopper (triton issue 9433). Of float32 keys wider than 256 one block is all that fits in
+        the 99 KiB of shared memory of a consumer's GPU.
         """
-        return 1 if self.block_m >= 64 else 5
+        if self.block_m >= 64:
+            return 1
+        return 2 if self.wide > 256 and self.dtype is torch.float32 else 5
 
     @cached_property
     def num_warps(self) -> int:
-        return 8 if self.wide > 256 or (self.wide > 128 and self.kind == WHOLE) else 4
+        more = self.kind == WHOLE or self.dtype is torch.float32  # four would spill
+        return 8 if self.wide > 256 or (self.wide > 128 and more) else 4
 
     @cached_property
     def max_registers(self) -> int:
@@ -86,7 +92,8 @@ class Shape:
 
     def programs_of(self, items: int, most: int) -> tuple[int, int]:
         """The grid: it follows from how many items there can be, never from how many there are."""
-        return self.programs, min(items, max(1, most // self.programs)) if self.kind == DECODE else items
+        programs = max(1, most // self.programs) if self.kind == DECODE else MOST_ITEMS
+        return self.programs, min(items, programs)
 
     @cached_property
     def constants(self) -> dict[str, int]:

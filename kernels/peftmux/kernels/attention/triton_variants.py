@@ -30,7 +30,8 @@ _LAYERS: dict[str, tuple[int, int, int, int, torch.dtype, Mapping[str, bool], tu
     "deepseek": (16, 1, 192, 128, torch.bfloat16, _PLAIN, ("short", "whole")),
     "small": (4, 3, 32, 32, torch.float32, _ALL, ("decode", "whole")),
     "float32": (8, 4, 128, 128, torch.float32, _ALL, ("decode", "whole", "store")),
-    "widest": (2, 4, 512, 512, torch.bfloat16, _ALL, ("decode", "whole")),
+    "gemma float32": (4, 2, 256, 256, torch.float32, _ALL, ("decode", "short", "whole")),
+    "widest": (2, 4, 512, 512, torch.bfloat16, _ALL, ("decode", "short", "whole")),
 }
 
 

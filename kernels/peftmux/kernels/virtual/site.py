@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +46,6 @@ class VirtualSite:
     def drop(self, slot: int) -> None:
         self._held.pop(slot, None)
 
-    def lookup(self, slot: int, ids: Sequence[int]) -> Tensor:
-        """[n, D] of this slot's adapter's virtual tokens, ids below zero."""
-        return virtual_embeddings(torch.tensor(ids, device=self.device), self._held[slot])
+    def lookup(self, slot: int, ids: Tensor) -> Tensor:
+        """[n, D] of this slot's adapter's virtual tokens. ids: [n] int64 below zero, on the site's device."""
+        return virtual_embeddings(ids, self._held[slot])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftmux.kernels.virtual import VirtualSite
+from peftmux.runtime.model.staging import to_device
 from peftmux.runtime.scheduler.plan import RowPlan
 
 Vectors = tuple[Tensor, Tensor]
@@ -17,15 +18,20 @@ Vectors = tuple[Tensor, Tensor]
 def virtual_vectors(rows: Sequence[RowPlan], site: VirtualSite) -> Vectors | None:
     """-> (which tokens of the flat batch are virtual [n], what stands for their embeddings [n, D]), None for none."""
     tokens: list[int] = []
-    values: list[Tensor] = []
+    slots: list[int] = []
+    ids: list[list[int]] = []
     first = 0
     for row in rows:
         if row.slot in site and min(row.tokens) < 0:
             own = [i for i, token in enumerate(row.tokens) if token < 0]
             tokens += [first + i for i in own]
-            values.append(site.lookup(row.slot, [row.tokens[i] for i in own]))
+            slots.append(row.slot)
+            ids.append([row.tokens[i] for i in own])
         first += len(row.tokens)
-    return (torch.tensor(tokens, device=site.device), torch.cat(values)) if tokens else None
+    if not tokens:
+        return None
+    places, *looked_up = to_device([tokens, *ids], site.device)
+    return places, torch.cat([site.lookup(slot, own) for slot, own in zip(slots, looked_up, strict=True)])
 
 
 def joined(one: Vectors | None, other: Vectors) -> Vectors:
