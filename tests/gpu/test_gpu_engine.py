@@ -232,3 +232,30 @@ def test_an_upload_does_not_wait_for_steps() -> None:
     assert moved.a is not None
     assert part.a is not None
     assert torch.equal((moved.a + 0).cpu(), part.a)
+
+
+def test_memory_of_an_upload_is_not_taken_while_a_step_that_reads_it_is_queued() -> None:
+    """The next upload would write over it: the step's copy below is made after a busy second."""
+    device = torch.device("cuda")
+    first, second = (LinearPart(torch.randn(64, 4096), torch.randn(4096, 64)) for _ in range(2))
+    for part in (first, second):  # pinned memory is taken before the time that counts
+        with Upload(device) as warm:
+            warm.move(part)
+    torch.cuda.synchronize()
+    with Upload(device) as upload:
+        moved = upload.move(first)
+    assert moved.a is not None
+    assert moved.b is not None
+    assert first.a is not None
+    read = torch.empty_like(moved.a)
+    upload.wait([moved.a, moved.b])
+    torch.cuda._sleep(_BUSY_CYCLES)
+    read.copy_(moved.a)
+    del moved
+    with Upload(device) as upload:
+        other = upload.move(second)
+    torch.cuda.synchronize()
+    assert torch.equal(read.cpu(), first.a)
+    assert other.a is not None
+    assert second.a is not None
+    assert torch.equal(other.a.cpu(), second.a)
