@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import device_name, slug
-from benchmarks.methods_cases import CLASSES, NEW, TOLD, Case, cases
+from benchmarks.methods_cases import CLASSES, NEW, STEPS, TOLD, Case, cases
 from benchmarks.methods_report import Records, write_report
 from benchmarks.methods_run import write_record
 from peftmux.demo import BASE, SMALL
@@ -81,7 +81,9 @@ def measured(run: Run) -> dict[str, Any]:
     named = dict(zip(("base", "case", "task"), run.key, strict=True))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
-        process = forks.Process(target=write_record, args=(BASES[run.base], run.case.name, run.task, out))
+        process = forks.Process(
+            target=write_record, args=(BASES[run.base], run.case.name, run.task, STEPS[run.base], out)
+        )
         process.start()
         process.join(LONGEST)
         if process.exitcode is None:

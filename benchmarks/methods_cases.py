@@ -13,17 +13,18 @@ from typing import Any, Literal
 from peftmux.demo.tasks import TASKS, Example, Task, draws, examples, letters
 from peftmux.trainer.methods import METHODS
 
-STEPS, BATCH = 250, 16
-"""Of every run, whatever the method: no row is seen twice."""
+STEPS: Mapping[str, int] = {"base": 500, "small": 250}
+"""Of every run on a base, whatever the method."""
+BATCH = 16
+"""Rows of a step; no row is seen twice."""
 TRAINING: Mapping[str, Any] = {
-    "max_steps": STEPS,
     "per_device_train_batch_size": BATCH,
     "lr_scheduler_type": "linear",
     "warmup_steps": 10,
     "seed": 0,
     "disable_tqdm": True,
 }
-"""Beside a method's own defaults: the learning rate is the method's."""
+"""Beside the steps and a method's own defaults: the learning rate is the method's."""
 HELD_OUT, EVALUATION_SEED = 200, 7
 TOLD, NEW = "reverse", "reverse-next"
 """A task that the base does when it is told to, and one that it was never taught. No adapter's data tell."""
@@ -87,9 +88,9 @@ def cases() -> list[Case]:
     return found
 
 
-def write_rows(case: Case, task: str, folder: Path) -> Path:
-    """JSON lines for the run, as many as it takes, nothing that is held out."""
-    count, path = STEPS * BATCH, folder / f"{task}.jsonl"
+def write_rows(case: Case, task: str, steps: int, folder: Path) -> Path:
+    """JSON lines for a run of so many steps, nothing that is held out."""
+    count, path = steps * BATCH, folder / f"{task}.jsonl"
     if case.kind == "sequence":
         rows: Iterator[dict[str, Any]] = ({"text": e.prompt, "label": e.completion} for e in labelled(count, False))
     elif case.several:

@@ -42,7 +42,7 @@ REASONS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         ("ladder",),
         (NEW, TOLD),
-        "The side network is a transformer that starts from random weights and sees 4,000 rows; the paper's "
+        "The side network is a transformer that starts from random weights and sees some thousand rows; the paper's "
         "starts from weights cut out of the base (Sung et al., 2022, arXiv 2206.06522)",
     ),
     (

@@ -35,9 +35,10 @@ INTRODUCTION = f"""\
 # The training methods, compared
 
 Written by `python -m benchmarks.methods`, which trains every method with its defaults by the public trainer, serves the
-adapter with `Engine` and counts exact answers to {HELD_OUT} held-out inputs. Every run has {STEPS} steps of {BATCH}
-rows, none seen twice, a linear schedule with 10 steps of warm-up, float32, one seed: a difference of three points is
-none. The learning rate and everything else are the method's defaults. No row holds an instruction.
+adapter with `Engine` and counts exact answers to {HELD_OUT} held-out inputs. Every run has steps of {BATCH} rows, none
+seen twice ({", ".join(f"{count} on `{base}`" for base, count in STEPS.items())}), a linear schedule with 10 steps of
+warm-up, float32, one seed: small differences say nothing, and rates were chosen on these tasks. The learning rate and
+everything else are the method's defaults. No row holds an instruction.
 
 * `{TOLD}`: the letters backwards. The base does it when it is told to ("base, told"); adapters learn to do it untold.
 * `{NEW}`: backwards, and each letter's successor. The base was taught both, apart from each other, and never this.

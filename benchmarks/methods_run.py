@@ -41,21 +41,21 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self._started[1]
 
 
-def run(base: Path, case: Case, task: str, work: Path) -> Record:
+def run(base: Path, case: Case, task: str, steps: int, work: Path) -> Record:
     if not case.method:
         return {"accuracy": score(base, case, task, None)}
-    result, record = trained(base, case, task, work)
+    result, record = trained(base, case, task, steps, work)
     record |= change_of(base, result.out)
     del result
     return record | {"accuracy": score(base, case, task, work / "adapter")}
 
 
-def trained(base: Path, case: Case, task: str, work: Path) -> tuple[TrainResult, Record]:
+def trained(base: Path, case: Case, task: str, steps: int, work: Path) -> tuple[TrainResult, Record]:
     options = {"model": base, "dtype": "float32", "task": case.kind, **case.options}
     config = dict(case.config)
     if case.fuses:
-        config["adapters"] = [_member(base, case, name, work) for name in (task, BESIDE)]
-    data = write_rows(case, task, work)
+        config["adapters"] = [_member(base, case, name, steps, work) for name in (task, BESIDE)]
+    data = write_rows(case, task, steps, work)
     short = {**TRAINING, "max_steps": 2}
     train(case.method, **options, data=data, out=work / "short", config=config, training=short)
     clock, before = Clock(), _start_of_peak()
@@ -65,7 +65,7 @@ def trained(base: Path, case: Case, task: str, work: Path) -> tuple[TrainResult,
         data=data,
         out=work / "adapter",
         config=config,
-        training=TRAINING,
+        training={**TRAINING, "max_steps": steps},
         callbacks=[clock],
     )
     peak = _peak() - before
@@ -79,11 +79,11 @@ def trained(base: Path, case: Case, task: str, work: Path) -> tuple[TrainResult,
     }
 
 
-def _member(base: Path, case: Case, task: str, work: Path) -> str:
+def _member(base: Path, case: Case, task: str, steps: int, work: Path) -> str:
     """A first stage's adapter."""
     out = work / task
-    data = write_rows(case, task, work)
-    train(case.fuses, model=base, dtype="float32", data=data, out=out, training=TRAINING)
+    data = write_rows(case, task, steps, work)
+    train(case.fuses, model=base, dtype="float32", data=data, out=out, training={**TRAINING, "max_steps": steps})
     return str(out)
 
 
@@ -126,7 +126,7 @@ def score(base: Path, case: Case, task: str, adapter: Path | None) -> float:
     return sum(answer == row.completion for answer, row in zip(said, rows, strict=True)) / len(rows)
 
 
-def write_record(base: Path, name: str, task: str, out: Path) -> None:
+def write_record(base: Path, name: str, task: str, steps: int, out: Path) -> None:
     """The process's target: the record as JSON in `out`; where the run fails, one with "failed" and why.
 
     What the trainer says goes nowhere.
@@ -135,7 +135,7 @@ def write_record(base: Path, name: str, task: str, out: Path) -> None:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         try:
             with tempfile.TemporaryDirectory() as work:
-                record = run(base, case, task, Path(work))
+                record = run(base, case, task, steps, Path(work))
         except Exception as error:
             record = {"failed": f"{type(error).__name__}: {error}"}
     out.write_text(json.dumps(record), encoding="utf-8")

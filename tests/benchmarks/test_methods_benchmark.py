@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import methods
-from benchmarks.methods_cases import BATCH, CLASSES, HELD_OUT, NEW, STEPS, TOLD, Case, cases, held_out, write_rows
+from benchmarks.methods_cases import BATCH, CLASSES, HELD_OUT, NEW, TOLD, Case, cases, held_out, write_rows
 from benchmarks.methods_change import change_of
 from benchmarks.methods_report import low, write_report
 from peftmux.demo import BASE
@@ -37,10 +37,10 @@ def test_every_method_is_compared_once_with_its_defaults() -> None:
 
 @pytest.mark.parametrize(("name", "task"), [("lora", NEW), ("head", CLASSES), ("multitask-prompt", TOLD)])
 def test_rows_and_held_out_inputs_do_not_meet(name: str, task: str, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in write_rows(named(name), task, tmp_path).read_text().splitlines()]
+    rows = [json.loads(line) for line in write_rows(named(name), task, 10, tmp_path).read_text().splitlines()]
     inputs = {row["text"] if "text" in row else row["messages"][0]["content"] for row in rows}
     out = held_out(task)
-    assert len(rows) == STEPS * BATCH
+    assert len(rows) == 10 * BATCH
     assert len(out) == HELD_OUT == len({example.prompt for example in out})
     assert not any(map(is_held_out, inputs))
     assert all(is_held_out(example.prompt) for example in out)
