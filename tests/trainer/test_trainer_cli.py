@@ -136,6 +136,7 @@ def test_flags_win_over_the_environment_over_the_file(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("max_steps: 1\nseed: 1\nr: 1\n")
     env = {"PEFTMUX_SEED": "2", "PEFTMUX_R": "2", "PEFTMUX_AUTH_TOKENS": "of the server", "R": "9"}
+    env["PEFTMUX_DEBUG"] = "1"  # for traces, no Trainer's option
     given = parse("lora", "--config", str(file), "--r", "3", env=env)
     assert (given["max_steps"], given["seed"], given["r"]) == (1, 2, 3)
 

@@ -293,3 +293,16 @@ def test_a_gpt2_classifier_loads_in_peft(data: dict[str, Path], tmp_path: Path):
     with torch.no_grad():
         expected = theirs.eval()(input_ids=ids).logits
     torch.testing.assert_close(our_scores(result, ids), expected, rtol=0, atol=1e-5)
+
+
+def test_opts_head_reads_what_its_decoder_gives(data: dict[str, Path], tmp_path: Path):
+    """The model that holds the decoder is never called as a whole there."""
+    base = save_base(tmp_path / "base", "opt")
+    result = train("lora", model=base, data=data["sequence"], out=tmp_path / "a", task="sequence", training=QUICK)
+    ids = random_ids()
+    with torch.no_grad():
+        states = result.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    hidden = Host.of(result.model).hidden
+    assert hidden is not None
+    assert torch.equal(hidden, states)
+    assert load_adapter(tmp_path / "a", TorchBase(build_model("opt"))).parts.head is not None

@@ -13,6 +13,8 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.yaml_file import read_yaml
 
 ENVIRONMENT = "PEFTMUX_"
+_NO_FLAGS = ("config", "debug")
+"""The first is read before the flags; PEFTMUX_DEBUG asks the command for its traces."""
 
 
 def file_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -28,7 +30,7 @@ def file_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], environ
         arguments += flags(parser, _read(given.config), given.config)
     for name, text in environment.items():
         dest = name.removeprefix(ENVIRONMENT).lower()
-        if name.startswith(ENVIRONMENT) and dest in actions and dest != "config":
+        if name.startswith(ENVIRONMENT) and dest in actions and dest not in _NO_FLAGS:
             arguments += _flag(actions[dest], yaml.safe_load(text) if actions[dest].nargs == "+" else text)
     return arguments
 

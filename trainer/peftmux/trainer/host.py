@@ -145,7 +145,7 @@ class Host:
             self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         adapter.installed()
         if self._reader is None and adapter.head is not None:
-            self._reader = self.model.base_model.register_forward_hook(self._read_states)
+            self._reader = self.model.get_decoder().register_forward_hook(self._read_states)  # OPT calls no other
             self._own_loss, self.model.loss_function = self.model.loss_function, self._loss
 
     def remove(self, adapter: AttachedAdapter) -> None:
