@@ -67,12 +67,14 @@ async def test_a_row_cancelled_in_a_step_is_free_before_the_next(
 
 
 async def test_a_cancelled_task_frees_its_row(engine: LocalEngine) -> None:
+    usage = engine.stats().kv_cache_usage
     tasks = [asyncio.create_task(ask(engine, request([5 + i], "lora", 100))) for i in range(4)]
     await until(lambda: engine.stats().running == 4)
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await until(lambda: row_count(engine) == 0, 5.0)
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(end) for end in ends] == [asyncio.CancelledError] * 4
+    await check_quiet(engine, usage)
 
 
 async def test_closing_after_the_last_delta_is_nothing_special(engine: LocalEngine) -> None:

@@ -175,8 +175,12 @@ async def test_memory_that_is_missing_now_may_be_there_later(tmp_path: Path, mon
     async with running(adapters_root=str(tmp_path), watch_seconds=SOON, adapter_memory=int(1.5 * size)) as engine:
         put(tmp_path, "lora_rslora", "b")
         await until(lambda: states(engine).get("b") is AdapterState.FAILED)
+        assert "adapter memory" in engine.get_adapter("b").error
         shutil.rmtree(tmp_path / "a")
         await until(lambda: states(engine) == {"b": AdapterState.READY})
+        info = engine.get_adapter("b")
+        assert (info.kind, info.error) == ("rslora", "")
+        assert len((await ask(engine, request(PROMPT, "b", 4))).ids) == 4
 
 
 async def test_nothing_to_watch_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
         if request.param == "torch":
             patch.setattr(native, "load", lambda: None)
         elif native.load() is None:
-            pytest.skip(str(native.status()))
+            pytest.skip(f"needs the native library, which a C++ compiler makes; here {native.status()}")
         yield request.param
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from peftmux.kernels import native
 from peftmux.kernels.native import library
-from peftmux.kernels.native.levels import best, buildable
+from peftmux.kernels.native.levels import runnable
+from tests.kernels.native_here import skip_without
 
-_BEST = best()
-LEVELS = {level.name: level for level in buildable() if _BEST and level.needs <= _BEST.needs}
+LEVELS = {level.name: level for level in runnable()}
 
 
 @pytest.fixture(params=["torch", *LEVELS])
@@ -31,8 +29,7 @@ def _choose(form: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if form == "torch":
         monkeypatch.setattr(native, "load", lambda: None)
         return "torch"
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler here")
+    skip_without(LEVELS[form])
     found = library.open_level(LEVELS[form])
     monkeypatch.setattr(native, "load", lambda: found)
     return "native"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,8 @@ from peftmux.kernels.dense import choose_dense, dense
 from peftmux.kernels.dense.layout import pack, packed_elements, unpack
 from peftmux.kernels.dense.native_path import NativeForm
 from peftmux.kernels.dense.torch_path import PackedDense, PlainDense
-from peftmux.kernels.native import build, levels, library
+from peftmux.kernels.native import levels, library
+from tests.kernels.native_here import needs_level, skip_without
 
 CPU = torch.device("cpu")
 TORCH = (PackedDense, PlainDense)
@@ -25,11 +24,12 @@ ROWS = [1, 2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 70, 257, 300]
 def tiles() -> NativeForm:
     """Our own form, where this machine can compile and run it."""
     amx = next((level for level in levels.runnable() if "amx_bf16" in level.needs), None)
-    if amx is None or not shutil.which("g++"):
-        pytest.skip("no AMX or no compiler here")
+    if amx is None:
+        pytest.skip("needs a CPU with AMX: amx_bf16 in /proc/cpuinfo")
+    skip_without(amx)
     product = library.open_level(amx).dense(torch.bfloat16)
     if product is None:
-        pytest.skip("the system does not let processes use AMX")
+        pytest.skip("needs a system that lets processes use AMX: Linux 5.16 or newer")
     return NativeForm(product)
 
 
@@ -147,19 +147,14 @@ def test_the_form_follows_dtype_device_and_processor(tiles: NativeForm, monkeypa
     assert choose_dense(torch.device("cuda"), torch.bfloat16) is PlainDense
 
 
+@needs_level
 def test_an_older_compiler_builds_the_next_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, *others = levels.runnable()
-    if not others or not shutil.which("g++"):
-        pytest.skip("one level at most, or no compiler here")
-    found = library.find_or_compile
-
-    def without_first(level: levels.Level) -> object:
-        if level is first:
-            raise build.BuildError("unknown option")
-        return found(level)
-
-    monkeypatch.setattr(library, "find_or_compile", without_first)
+    level = levels.best()
+    assert level is not None
+    skip_without(level)
+    newest = levels.Level("newest", ("-mof-a-later-compiler",))
+    monkeypatch.setattr(library, "runnable", lambda: (newest, level))
     monkeypatch.delenv("PEFTMUX_NATIVE", raising=False)
     status = library.status.__wrapped__()
     assert status.library is not None
-    assert status.level == others[0].name
+    assert status.level == level.name

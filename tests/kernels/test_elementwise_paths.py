@@ -39,7 +39,9 @@ def test_swiglu(path: str, width: int, dtype: torch.dtype) -> None:
     gate_up = (torch.randn(2, 5, 2 * width) * 6).to(dtype)
     gate_up[0, 0, 0], gate_up[0, 1, 0], gate_up[0, 2, 0] = -100.0, -1e30, 1e30
     gate_up[..., width].clamp_(-2, 2)
-    close(choose_elementwise("cpu", dtype).swiglu(gate_up), swiglu(gate_up), path)
+    chosen = choose_elementwise("cpu", dtype)
+    assert chosen.name == path
+    close(chosen.swiglu(gate_up), swiglu(gate_up), path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,7 +56,9 @@ def test_rotate(path: str, width: int, turned: int, dtype: torch.dtype) -> None:
     rotate_(expected[:, : 3 * width].view(5, 3, width), cos, sin)
     got = fused.clone()
     view = got[:, : 3 * width].view(5, 3, width)
-    assert choose_elementwise("cpu", dtype).rotate_(view, cos, sin) is view
+    chosen = choose_elementwise("cpu", dtype)
+    assert chosen.name == path
+    assert chosen.rotate_(view, cos, sin) is view
     # torch's rounded terms may cancel: bounded by the operands' size, which is about 4.
     bound = 1e-6 if dtype is torch.float32 else 2**-7 if path == "native" else 2**-5
     torch.testing.assert_close(got.float(), expected.float(), rtol=bound, atol=bound)

@@ -13,6 +13,7 @@ import torch
 
 from peftmux.kernels import native
 from peftmux.kernels.native import build, levels, library
+from tests.kernels.native_here import needs_level, skip_without
 
 _SAY = """
 import torch
@@ -22,24 +23,28 @@ from peftmux.kernels.lowrank import LowRankSite
 print(choose_attention("cpu", torch.bfloat16).name, LowRankSite(8, [8], torch.float32).path, native.status(), sep="|")
 """
 
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++") or levels.best() is None, reason="no compiler or no supported instruction set here"
-)
+_NOTHING_PREBUILT = """
+from pathlib import Path
+from peftmux.kernels.native import build
+build.PREBUILT = Path("/nonexistent")
+"""
 
 
-def say(**environment: str) -> list[str]:
-    """-> [attention path, low-rank path, status] of a fresh process."""
+def say(*, prebuilt: bool = True, **environment: str) -> list[str]:
+    """-> [attention path, low-rank path, status] of a fresh process. prebuilt: it may see what `build` left here."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PEFTMUX_") and k != "CXX"}
+    program = _SAY if prebuilt else _NOTHING_PREBUILT + _SAY
     done = subprocess.run(
-        [sys.executable, "-c", _SAY], env=kept | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=kept | environment, capture_output=True, text=True, check=True
     )
     return done.stdout.strip().split("|")
 
 
-@needs_compiler
+@needs_level
 def test_the_native_path_runs_where_it_can() -> None:
     level = levels.best()
     assert level is not None
+    skip_without(level)
     attention, lowrank, status = say()
     assert (attention, lowrank) == ("native", "native")
     assert status.startswith(f"native {level.name} (")
@@ -49,30 +54,32 @@ def test_it_can_be_turned_off() -> None:
     assert say(PEFTMUX_NATIVE="0") == ["torch", "torch", "torch only: PEFTMUX_NATIVE=0"]
 
 
+@needs_level
 def test_without_a_compiler_torch_runs(tmp_path: Path) -> None:
-    if levels.best() is not None and build.prebuilt_path(levels.buildable()[0]).exists():
-        pytest.skip("a prebuilt library needs no compiler")
-    attention, lowrank, status = say(PEFTMUX_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
+    attention, lowrank, status = say(prebuilt=False, PEFTMUX_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
     assert (attention, lowrank) == ("torch", "torch")
     assert status == "torch only: no C++ compiler: no-such-compiler not found"
 
 
-@needs_compiler
+@needs_level
 def test_a_failing_compiler_is_named(tmp_path: Path) -> None:
     compiler = tmp_path / "broken"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1 && exit 0\necho it broke >&2\nexit 1\n')
     compiler.chmod(0o755)
-    attention, _, status = say(PEFTMUX_CACHE_DIR=str(tmp_path / "cache"), CXX=str(compiler))
+    attention, _, status = say(prebuilt=False, PEFTMUX_CACHE_DIR=str(tmp_path / "cache"), CXX=str(compiler))
     assert attention == "torch"
     assert status == f"torch only: {compiler} failed: it broke"
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-@needs_compiler
+@needs_level
 def test_a_cache_that_others_can_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     level = levels.best()
     assert level is not None
     monkeypatch.setenv("PEFTMUX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "none")
+    monkeypatch.setattr(library, "find_compiler", lambda: "compiler")
+    monkeypatch.setattr(library, "compiler_version", lambda compiler: "1")
     monkeypatch.setattr(library, "compile_library", lambda compiler, level, target: _touch(target))
     target = library.find_or_compile(level)
     assert target.is_relative_to(tmp_path)
@@ -98,7 +105,7 @@ def test_the_build_command_leaves_every_level_beside_the_package(
     assert set((tmp_path / "lib").iterdir()) == made
 
 
-@needs_compiler
+@needs_level
 def test_prebuilt_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     level = levels.best()
     assert level is not None
@@ -134,10 +141,9 @@ def test_levels_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (level and level.name) == expected
 
 
-@needs_compiler
 def test_one_openmp_library_serves_torch_and_us() -> None:
     if native.load() is None:
-        pytest.skip(f"{native.status()}")
+        pytest.skip(f"needs the native library, which a C++ compiler makes; here {native.status()}")
     torch.randn(64, 64) @ torch.randn(64, 64)
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line}
     assert len({Path(name).name for name in loaded if name.endswith((".so", ".so.1", ".so.5"))}) == 1, loaded

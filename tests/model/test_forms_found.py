@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.feed_forward import feed_forward
+from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.fast import is_rms_norm, is_swiglu
 from peftmux.runtime.model.load import fit_model
+from peftmux.runtime.model.verify import reference_logits, verify
 from tests.model.families import build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,5 +63,10 @@ def test_branches_that_are_added_as_they_are(family: str, changes: Any, branches
 
 @pytest.mark.parametrize("family", ["olmo2", "gemma2", "gemma3_text", "granite"])
 def test_families_load_in_bfloat16(family: str) -> None:
-    """Loading compares with transformers' own numbers; OLMo 2 keeps its angles in float32."""
-    fit_model(build(family, initializer_range=0.02).to(torch.bfloat16), None, family)  # type: ignore[arg-type]
+    """Loading compares with transformers' own numbers and tells others apart; OLMo 2 keeps its angles in float32."""
+    module = build(family, initializer_range=0.02).to(torch.bfloat16)  # type: ignore[arg-type]
+    numbers = reference_logits(module)
+    model = fit_model(module, None, family)
+    assert model.dtype is torch.bfloat16
+    with pytest.raises(UnsupportedModel, match="cannot be served exactly"):
+        verify(model, [logits.roll(1, 0) for logits in numbers])

@@ -17,7 +17,7 @@ from peftmux.runtime.engine.factory import EngineConfig, start_engine
 from peftmux.runtime.engine.observer import NullObserver
 from tests.engine.harness import ask_all, check_quiet, load, request
 
-pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `peftmux[test]` brings on Linux")
 
 IDS = [[5, 9, 17, 33, 60, 7], [44, 12, 80, 81, 82], [21, 22, 23, 24, 25, 26, 27, 28]]
 VOCABULARY = 96

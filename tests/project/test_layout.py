@@ -11,14 +11,15 @@ REPOSITORY = Path(__file__).parents[2]
 ROOTS = ("runtime", "kernels", "trainer", "protos")
 
 
-def modules() -> list[str]:
-    """Dotted names of all modules in the four roots."""
-    names = set()
+def modules() -> dict[str, Path]:
+    """All modules in the four roots: dotted name -> file, from its root."""
+    found = {}
     for root in ROOTS:
-        for path in (REPOSITORY / root).rglob("*.py"):
-            parts = path.relative_to(REPOSITORY / root).with_suffix("").parts
-            names.add(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return sorted(names)
+        for path in sorted((REPOSITORY / root).rglob("*.py")):
+            file = path.relative_to(REPOSITORY / root)
+            parts = file.with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -45,9 +46,12 @@ def test_no_module_is_defined_twice():
             seen[name] = root
 
 
-@pytest.mark.parametrize("name", modules())
-def test_module_imports(name):
-    importlib.import_module(name)
+@pytest.mark.parametrize(("name", "file"), modules().items(), ids=str)
+def test_module_imports(name, file):
+    """From that file, in a checkout or where it is installed."""
+    imported = importlib.import_module(name).__file__
+    assert imported is not None
+    assert Path(imported).parts[-len(file.parts) :] == file.parts
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peftmux.trainer.cli import build_parser, main
 from peftmux.trainer.config_file import file_arguments
@@ -198,11 +199,10 @@ def test_bad_data_ends_a_run_with_file_and_line(qwen2: Path, tmp_path: Path, cap
 
 def test_tensorboard_gets_the_log(qwen2: Path, rows: Path, tmp_path: Path):
     """Beside the adapter, as transformers lays it out; what makes the best adapter come back is not left there."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     words = ["--model", str(qwen2), "--data", str(rows), "--logging-steps", "1", "--report-to", "tensorboard"]
     assert main(["lora", *words, "--out", str(tmp_path / "a"), "--max-steps", "3"]) == 0
     (run,) = (tmp_path / "a.logs" / "runs").iterdir()
-    log = events.EventAccumulator(str(run))
+    log = EventAccumulator(str(run))
     log.Reload()
     assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3]
     stopping = ["--eval-data", str(rows), "--early-stopping-patience", "1", "--max-steps", "2", "--eval-steps", "1"]

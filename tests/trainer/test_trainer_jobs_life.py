@@ -151,7 +151,6 @@ def test_a_job_stops_early_and_keeps_its_best(qwen2: Path, few: Path, tmp_path: 
 
 
 def test_each_job_has_its_own_log(qwen2: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pytest.importorskip("tensorboard")
     specs = [{**SPECS[0], "report_to": ["tensorboard"]}, {"name": "plain", "method": "ia3", "max_steps": 2}]
     path = jobs_file(tmp_path, qwen2, few, specs, logging_steps=1)
     assert main(["--jobs", str(path)]) == 0

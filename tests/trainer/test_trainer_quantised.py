@@ -21,7 +21,7 @@ from peftmux.trainer.methods.base import AttachContext
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.tiny_models import random_ids
 
-pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `peftmux[test]` brings on Linux")
 
 QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "logging_steps": 3}
 

@@ -29,8 +29,6 @@ from tests.model.families import build, greedy
 from tests.model.test_family_adapters import TASK, lora, save_adapter
 from tests.triton.tape import TapeCapture
 
-pytest.importorskip("triton")
-
 LAUNCHERS = ("elementwise", "embedding", "inputs", "norms")
 PROMPT = [5, 9, 17, 33, 3]
 NEW_TOKENS = 3

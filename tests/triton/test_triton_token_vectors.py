@@ -20,6 +20,7 @@ from peftmux.kernels.norms import triton_path as norms
 from peftmux.kernels.norms.formula import formula_of
 from peftmux.kernels.slots import CAPACITY, SlotTable
 from tests.triton.mixes import HELD, MIXES, close, owners, poisoned, segments
+from tests.triton.operators import written
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -210,12 +211,14 @@ def test_a_dropped_adapter_is_gone_and_a_table_keeps_its_place() -> None:
 
 
 def test_operators_can_be_traced_without_running() -> None:
-    slots, x = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1, 8)
-    table = torch.zeros(4, 8, dtype=torch.int64)
-    ids = torch.zeros(2, dtype=torch.int64)
-    for op, args in [
-        (inputs.scale_rows, (x[:, 0], slots, table)),
-        (norms.slot_norm_, (x, x.clone(), x[0, 0].clone(), slots, table, 1e-6, True, 0.0)),
-        (embedding.adapt_embedding_, (x[:, 0], ids, slots, table)),
-    ]:
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    slots, x = torch.ones(2, dtype=torch.int32), torch.randn(2, 1, D)
+    scale, norm = torch.randn(D), (torch.randn(D), torch.randn(D))
+    scales = torch.tensor([[0], [scale.data_ptr()]])
+    norm_table = torch.tensor([[0, 0], [one.data_ptr() for one in norm]])
+    site = embedding.TritonEmbeddingSite(CPU)
+    site.put(1, site.prepare(embedding_parts()[1]))
+    ids, table = torch.tensor([7, 39]), site._table.tensor
+    assert written(inputs.scale_rows, (x[:, 0], slots, scales)) == set()
+    changed = written(norms.slot_norm_, (x, x.clone(), norm[0], slots, norm_table, 1e-6, True, 0.0))
+    assert changed == {"y"}
+    assert written(embedding.adapt_embedding_, (x[:, 0], ids, slots, table)) == {"y"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,7 @@ class Stream(Change):
         return seen
 
 
-class BranchChange(Change):
+class BranchChange(Change, ABC):
     """At an attention or feed-forward module, whose output may stand first in a tuple."""
 
     def __init__(self, stream: Stream) -> None:
@@ -129,8 +130,9 @@ class BranchChange(Change):
             return (self.changed(y[0], h), *y[1:])
         return self.changed(y, h)
 
+    @abstractmethod
     def changed(self, y: Tensor, h: Tensor) -> Tensor:
-        raise NotImplementedError
+        """y: [B, T, D], what the module gives; h: [B, T, D], the stream that its norm reads. [B, T, D] in y's place."""
 
 
 class BottleneckChange(BranchChange):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.trainer.host import Change
 
 
-class LinearChange(Change):
+class LinearChange(Change, ABC):
     """y: [..., out], x: [..., in]. Subclasses say what the part is, and hold its trainable tensors."""
 
     low_rank_alone: ClassVar[bool] = False
@@ -23,8 +24,9 @@ class LinearChange(Change):
         super().__init__()
         self.drop = drop
 
+    @abstractmethod
     def part(self) -> LinearPart:
-        raise NotImplementedError
+        """Made from the trainable tensors at each call, so that gradients reach them."""
 
     def low_rank(self) -> LinearPart | None:
         return self.part() if self.low_rank_alone and not (self.drop and self.training) else None
