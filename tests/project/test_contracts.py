@@ -23,12 +23,14 @@ VIOLATIONS = {
     "metrics": ("runtime/peftmux/runtime/engine/observer.py", "import prometheus_client"),
 }
 
-# The copy must be linted, not the editable install that this interpreter has on its path.
+# The copy must be linted, not this checkout or another one that this interpreter has on its path.
 LINT = """
 import sys
-sys.path = [*sys.argv[2].split(":"), *(p for p in sys.path if not p.startswith(sys.argv[1]) or "site-packages" in p)]
+from pathlib import Path
+others = {p for p in sys.path if "site-packages" not in p and Path(p, "peftmux").is_dir()}
+sys.path = [*sys.argv[1].split(":"), *(p for p in sys.path if p not in others)]
 from importlinter.cli import lint_imports
-sys.exit(lint_imports(no_cache=True, no_logo=True, limit_to_contracts=tuple(sys.argv[3:])))
+sys.exit(lint_imports(no_cache=True, no_logo=True, limit_to_contracts=tuple(sys.argv[2:])))
 """
 
 
@@ -45,7 +47,7 @@ def copied(tmp_path_factory):
 
 def lint(copy, *contracts):
     roots = ":".join(str(copy / root) for root in ROOTS)
-    command = [sys.executable, "-c", LINT, str(REPOSITORY), roots, *contracts]
+    command = [sys.executable, "-c", LINT, roots, *contracts]
     return subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=120, check=False)
 
 
