@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,21 @@ def test_a_merge_across_the_border_does_not_change_the_prompt(tmp_path: Path):
         ),
         ('{"prompt": "a", "completion": "c", "label": 1}', r":2: column 'label' is for classification"),
         ('{"prompt": "a", "completion": "\udcff"}', r":2: expected UTF-8 text, found invalid start byte at byte"),
+        (
+            r'{"prompt": "a", "completion": "b\ud800"}',
+            r":2: column 'completion': expected whole characters, found half",
+        ),
+        (r'{"prompt": "a", "completion": "b", "n": {"k": ["", "\uDFFF"]}}', r":2: column 'n'\.k\[1\]: expected whole"),
+        (r'{"prompt": "a", "completion": "b", "\udfff": 1}', r":2: key '\\udfff': expected whole characters"),
+        ('{"prompt": "a", "completion": "b", "n": %s}' % ("9" * 5000), r":2: a number has too many digits"),
+        ('{"prompt": ' + "[" * 100_000, r":2: its values are nested too deeply to be read"),
+        ('{"prompt": "a", "n": ' + "[" * 900 + r'"\ud800"' + "]" * 900 + "}", r":2: its values are nested too deeply"),
+        ('{"prompt": "a\0", "completion": "b"}', r":2: broken JSON: Invalid control character"),
+        ("\0\0", r":2: broken JSON: Expecting value at column 1"),
+        ('\ufeff{"prompt": "a", "completion": "b"}', r":2: broken JSON: Unexpected UTF-8 BOM"),
+        ('{"prompt": NaN, "completion": "b"}', r":2: column 'prompt': expected a string, found a number"),
+        ('{"prompt": "a", "completion": ["b"]}', r":2: column 'completion': expected a string, found a list"),
+        ("null", r":2: expected a JSON object, found null"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(line: str, message: str, tmp_path: Path):
@@ -148,6 +165,40 @@ def test_files_without_rows_are_refused(tmp_path: Path):
         read_rows(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match="found a folder"):
         read_rows(tmp_path)
+    (tmp_path / "blank.jsonl").write_text("\ufeff\u00a0\n \t\n\u3000")
+    with pytest.raises(DataError, match="expected at least one row, found an empty file"):
+        read_rows(tmp_path / "blank.jsonl")
+
+
+def test_what_is_no_text_file_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(DataError, match="expected a file of rows, found a pipe or a device"):
+            read_rows(path)
+    for path in (Path("/proc/self/mem"), tmp_path / ("x" * 300)):  # a file that cannot be read, a name that cannot be
+        with pytest.raises(DataError, match=r"cannot be read: (Input/output error|File name too long)"):
+            read_rows(path)
+    path, rows = tmp_path / "rows.jsonl", b'{"text": "a"}\n'
+    found = {
+        gzip.compress(rows): "expected JSON lines, found a gzip file",
+        b"PAR1": "expected JSON lines, found Parquet",
+        rows.decode().encode("utf-16"): "expected UTF-8 text, found UTF-16",
+        b"text\na\n": "broken JSON: Expecting value at column 1; expected one JSON object a line",
+        b'[\n{"text": "a"}\n]\n': "expected one JSON object a line",
+    }
+    for content, message in found.items():
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{message}"):
+            read_rows(path)
+    path.rename(tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: expected a Parquet file: "):
+        read_rows(tmp_path / "rows.parquet")
+
+
+def test_characters_written_in_two_halves_are_whole(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(rb'{"text": "\ud83d\ude00"}' + b"\r\n" + rb'{"text": "\u0000"}')
+    assert [row.fields["text"] for row in read_rows(path)] == ["\U0001f600", "\0"]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path):

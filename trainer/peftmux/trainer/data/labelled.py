@@ -46,11 +46,13 @@ def label_names(rows: Sequence[Row], given: Sequence[str] | None) -> tuple[str, 
     found = {label for row in rows for label in _labels(row)}
     if given is None:
         numbers = all(isinstance(label, int) for label in found)
-        names = [str(label) for label in (sorted(found, key=int) if numbers else sorted(map(str, found)))]
+        names = [
+            str(label) for label in (sorted(found, key=int) if numbers else sorted({str(label) for label in found}))
+        ]
     else:
         names = list(given)
     if len(set(names)) != len(names) or len(names) < 2 or not all(names):
-        raise OptionError("labels", f"expected two or more different names, got {names}")
+        raise OptionError("labels", f"expected two or more different names, got {names}"[:200])
     return tuple(names)
 
 

@@ -1,13 +1,13 @@
-"""Reading data files: JSON lines, or Parquet where pyarrow is installed."""
+"""The rows of a data file, checked for what is to be learned from them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftmux.trainer.data.files import read_records, type_name
 from peftmux.trainer.data.images import COLUMN, RowImage, row_images
 from peftmux.trainer.errors import DataError
 
@@ -51,12 +51,9 @@ def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
     Raises DataError with the file and the line: no such file, no rows, broken JSON, a missing column, a wrong type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(path, None, "expected a file of rows, found " + ("a folder" if path.is_dir() else "nothing"))
-    records = _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
     rows: list[Row] = []
     kind = ""
-    for line, record in records:
+    for line, record in read_records(path):
         if task != "generation" and record.get(COLUMN) is not None:
             raise DataError(
                 path, line, f"column {COLUMN!r}: only text is learned from images, not --task or --loss {task}"
@@ -76,50 +73,6 @@ def file_digest(path: str | Path) -> str:
     """sha256 (hex) of the file's bytes: what the model card names as the data."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _DoubleKeyError(ValueError):
-    pass
-
-
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise _DoubleKeyError(next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])))
-    return record
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Blank lines are skipped; numbering counts them."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                record = json.loads(text, object_pairs_hook=_without_doubles)
-            except _DoubleKeyError as error:
-                raise DataError(path, number, f"key {error.args[0]!r} is there twice") from None
-            except UnicodeDecodeError as error:
-                message = f"expected UTF-8 text, found {error.reason} at byte {error.start}"
-                raise DataError(path, number, message) from None
-            except json.JSONDecodeError as error:
-                raise DataError(path, number, f"broken JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(record, dict):
-                raise DataError(path, number, f"expected a JSON object, found {_type_name(record)}")
-            yield number, record
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    try:
-        import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError:
-        raise DataError(path, None, "Parquet needs pyarrow: install it, or give JSON lines") from None
-    try:
-        records = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise DataError(path, None, f"expected a Parquet file: {error}") from None
-    yield from enumerate(records, start=1)
 
 
 def _detect_format(path: Path, line: int, record: Mapping[str, object], formats: Mapping[str, tuple[str, ...]]) -> str:
@@ -147,7 +100,7 @@ def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> 
         elif column == "label":
             _check_label(path, line, "column 'label'", record[column])
         elif not isinstance(record[column], str):
-            raise DataError(path, line, f"column {column!r}: expected a string, found {_type_name(record[column])}")
+            raise DataError(path, line, f"column {column!r}: expected a string, found {type_name(record[column])}")
     if kind in ("prompt-completion", "text") and not record[columns[-1]]:
         raise DataError(path, line, f"column {columns[-1]!r}: expected text to learn, found an empty string")
     if kind == "tokens-labels" and len(record["tokens"]) != len(record["labels"]):  # type: ignore[arg-type]
@@ -163,17 +116,17 @@ def _task_of(record: Mapping[str, object]) -> str | int | None:
 
 def _check_list(path: Path, line: int, column: str, value: object) -> None:
     if not isinstance(value, list) or not value:
-        raise DataError(path, line, f"column {column!r}: expected a list, found {_type_name(value)}")
+        raise DataError(path, line, f"column {column!r}: expected a list, found {type_name(value)}")
     for i, item in enumerate(value):
         if column == "labels":
             _check_label(path, line, f"labels[{i}]", item)
         elif not isinstance(item, str) or not item.strip():
-            raise DataError(path, line, f"tokens[{i}]: expected a word, found {_type_name(item)}")
+            raise DataError(path, line, f"tokens[{i}]: expected a word, found {type_name(item)}")
 
 
 def _check_label(path: Path, line: int, where: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise DataError(path, line, f"{where}: expected a name or a whole number, found {_type_name(value)}")
+        raise DataError(path, line, f"{where}: expected a name or a whole number, found {type_name(value)}")
 
 
 def _checked_preference(path: Path, line: int, record: Mapping[str, object], loss: str) -> Mapping[str, object]:
@@ -186,7 +139,7 @@ def _checked_preference(path: Path, line: int, record: Mapping[str, object], los
             if value not in (True, False, 0, 1):
                 raise DataError(path, line, f"column 'label': expected true or false, found {value!r}"[:200])
         elif not isinstance(value, str):
-            raise DataError(path, line, f"column {column!r}: expected a string, found {_type_name(value)}")
+            raise DataError(path, line, f"column {column!r}: expected a string, found {type_name(value)}")
         elif column != "prompt" and not value:
             raise DataError(path, line, f"column {column!r}: expected text, found an empty string")
     return {column: record[column] for column in columns}
@@ -201,18 +154,11 @@ def _check_present(path: Path, line: int, record: Mapping[str, object], columns:
 
 def _check_messages(path: Path, line: int, messages: object) -> None:
     if not isinstance(messages, list) or not messages:
-        raise DataError(path, line, f"column 'messages': expected a list of messages, found {_type_name(messages)}")
+        raise DataError(path, line, f"column 'messages': expected a list of messages, found {type_name(messages)}")
     for i, message in enumerate(messages):
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, dict) else None
             if not isinstance(value, str):
-                raise DataError(path, line, f"messages[{i}].{key}: expected a string, found {_type_name(value)}")
+                raise DataError(path, line, f"messages[{i}].{key}: expected a string, found {type_name(value)}")
     if not any(m["role"] == "assistant" for m in messages):
         raise DataError(path, line, "expected at least one message of role 'assistant' to learn from, found none")
-
-
-def _type_name(value: object) -> str:
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number"}
-    return "null or nothing" if value is None else names.get(type(value), type(value).__name__)
