@@ -23,9 +23,9 @@ BFLOAT16 = 5e-2
 """Mean over the vocabulary; PEFT's own run is at 4.2e-2 for the worst of these prompts."""
 
 
-def table(answer: Answer) -> Tensor:
+def table(answer: Answer, vocabulary: int = VOCABULARY) -> Tensor:
     """[T - 1, V]: the distributions that predict the prompt's second token and those after it."""
-    rows = torch.full((len(answer.prompt_logprobs) - 1, VOCABULARY), torch.nan)
+    rows = torch.full((len(answer.prompt_logprobs) - 1, vocabulary), torch.nan)
     for row, entry in zip(rows, answer.prompt_logprobs[1:], strict=True):
         ids, values = zip(*entry.top, strict=True)
         row[list(ids)] = torch.tensor(values)

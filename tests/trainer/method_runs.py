@@ -47,10 +47,12 @@ def check_learns(
     untrained: float = 0.8,
     trained: float = 0.1,
     held_out: Path | None = None,
+    options: Config | None = None,
 ) -> None:
     """The base does it when told "up"; an adapter learns to do it untold, within 80 steps with its defaults."""
     held_out = held_out or write_rows(folder / "eval.jsonl", copy_task(32, seed=1))
     run: Config = {"model": base, "data": rows, "eval_data": held_out, "out": folder / "a", "config": config or {}}
+    run |= options or {}
     losses = []
     for steps, rate in ((1, {"learning_rate": 0.0}), (80, {})):
         training = {"max_steps": steps, "per_device_train_batch_size": 16, "disable_tqdm": True, **rate}

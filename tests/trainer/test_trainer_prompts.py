@@ -314,9 +314,40 @@ def test_they_learn(method: str, config: dict[str, Any], taught: Path, rows: Pat
     check_learns(method, taught, rows, tmp_path, config)
 
 
+def test_a_wide_perceptron_learns_at_its_default_rate(taught: Path, rows: Path, tmp_path: Path):
+    """At that of keys and values themselves it does not, nor at a narrow one's."""
+    check_learns("prefix", taught, rows, tmp_path, {"prefix_projection": True, "encoder_hidden_size": 1024})
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "rate"),
+    [
+        ({}, 4096, 3e-2),
+        ({"prefix_projection": True}, 128, 3e-3),
+        ({"prefix_projection": True}, 4096, 1.5e-3),
+        ({"prefix_projection": True, "encoder_hidden_size": 1024}, 128, 7.5e-4),
+    ],
+)
+def test_the_default_rate_goes_by_the_perceptron(config: dict[str, Any], width: int, rate: float):
+    for method in (METHODS["prefix"], METHODS["p-tuning-v2"]):
+        assert method.default_rate(method.config_class(**config), width) == pytest.approx(rate)
+
+
 def test_a_template_learns(taught: Path, rows: Path, tmp_path: Path):
     """Slowly: this base has never seen a token between a prompt and its answer."""
     check_learns("p-tuning", taught, rows, tmp_path, {"template": ["10@0", "10@-1"]}, untrained=4.0, trained=2.0)
+
+
+def test_one_prompt_learns_two_tasks(taught: Path, tmp_path: Path):
+    """Of the same inputs, so that only the task's number says which."""
+
+    def both(name: str, count: int, seed: int) -> Path:
+        rows = copy_task(count, seed)
+        up = [{**row, "task": "up"} for row in rows]
+        copy = [{**row, "completion": row["completion"].lower(), "task": "copy"} for row in rows]
+        return write_rows(tmp_path / f"{name}.jsonl", [*up, *copy])
+
+    check_learns("multitask-prompt", taught, both("rows", 64, 0), tmp_path, held_out=both("eval", 32, 1))
 
 
 def test_packs_hold_the_tokens_of_each_row(qwen2: Path, with_tasks: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -18,11 +19,15 @@ from peftmux.trainer import train
 from peftmux.trainer.cli import main
 from peftmux.trainer.methods import METHODS
 from peftmux.trainer.methods.base import AttachContext
+from tests.engine.harness import ask_all, load, request, running
+from tests.parity.test_parity_served import table
 from tests.trainer.lowered import lowered_logits
+from tests.trainer.method_runs import check_learns
 from tests.trainer.tiny_models import random_ids
 
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `peftmux[test]` brings on Linux")
 
+VOCABULARY = 260
 QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "logging_steps": 3}
 
 
@@ -92,3 +97,49 @@ def test_qlora_is_lora_over_a_base_in_4_bits(qwen2: Path, rows: Path, tmp_path: 
     first, second, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
     assert all(torch.equal(first[name], second[name]) for name in first | second)
     assert not all(torch.equal(first[name], plain[name]) for name in first)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_it_learns_with_the_defaults(quantization: str, taught: Path, rows: Path, tmp_path: Path) -> None:
+    check_learns("lora", taught, rows, tmp_path, options={"quantization": quantization})
+
+
+def pefts_logprobs(module: Any, folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = PeftModel.from_pretrained(module, str(folder)).eval()(input_ids=ids).logits
+    return logits[0].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize(("quantization", "rounding"), [("nf4", 0.02), ("int8", 0.1)])
+async def test_what_was_trained_in_few_bits_is_served_with_pefts_numbers(
+    quantization: str, rounding: float, taught: Path, rows: Path, tmp_path: Path
+) -> None:
+    """PEFT's over plain layers of the weights that the few bits stand for, to float32's rounding.
+
+    Over bitsandbytes' own layers PEFT's differ by `rounding` in the mean: those of NF4 round to bfloat16 on some CPUs,
+    those of int8 round a token's inputs to 8 bits, by outliers of the whole batch.
+    """
+    words = ["--model", str(taught), "--data", str(rows), "--max-steps", "20", "--disable-tqdm", "true"]
+    words += ["--quantization", quantization, "--dtype", "float32", "--per-device-train-batch-size", "16"]
+    for method in ("lora", "dora"):
+        assert main([method, *words, "--out", str(tmp_path / "served" / method)]) == 0
+    prompts = [random_ids(1, length)[0].tolist() for length in (3, 12, 19)]
+    settings: dict[str, Any] = {"quantization": quantization, "adapters_root": str(tmp_path / "served")}
+    async with running(str(taught), **settings) as engine:
+        for method in ("lora", "dora"):
+            await load(engine, method)
+        jobs = [(method, prompt) for prompt in prompts for method in ("", "lora", "dora")]
+        answers = await ask_all(engine, [request(p, m, max_tokens=1, prompt_logprobs=VOCABULARY) for m, p in jobs])
+    plain = {}
+    for (method, prompt), answer in zip(jobs, answers, strict=True):
+        served, ids = table(answer, VOCABULARY), torch.tensor([prompt])
+        if not method:
+            plain[len(prompt)] = served
+            continue
+        folder = tmp_path / "served" / method
+        exact = pefts_logprobs(loaded(taught, quantization).dequantize(), folder, ids)[:-1]
+        torch.testing.assert_close(served, exact, rtol=0, atol=1e-4, msg=method)
+        assert (served - plain[len(prompt)]).abs().max() > 0.1, "the adapter would be invisible"
+        theirs = load_checkpoint(str(taught), quantization=quantization, dtype=torch.float32)
+        apart = (served - pefts_logprobs(theirs, folder, ids)[:-1]).abs().mean()
+        assert apart < rounding, method

@@ -101,7 +101,7 @@ def prepare(
     eval_rows = read_rows(options.eval_data, task) if options.eval_data else None
     labels = label_names(rows, options.labels) if options.task != "generation" else ()
     model, tokenizer = base()
-    rate = method.learning_rate(model.config.get_text_config().hidden_size)
+    rate = method.default_rate(config, model.config.get_text_config().hidden_size)
     args = training_arguments(options, training, rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE)
     base_parameters = model.num_parameters()
     reserved = _reserved(config, options.task, [*rows, *(eval_rows or ())])

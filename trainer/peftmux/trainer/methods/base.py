@@ -178,6 +178,7 @@ class Method:
     config_class: a dataclass of the method's own options, in PEFT's names.
     attach: (model, configuration, context) -> the adapter; raises OptionError where it does not fit the model.
     learning_rate: the default for a base of this hidden size.
+    rate_factor: (configuration, hidden size) -> what the default is multiplied by.
     """
 
     name: str
@@ -185,3 +186,7 @@ class Method:
     config_class: type[Any]
     attach: Callable[[Any, Any, AttachContext], AttachedAdapter]
     learning_rate: Callable[[int], float]
+    rate_factor: Callable[[Any, int], float] = lambda config, hidden_size: 1.0
+
+    def default_rate(self, config: Any, hidden_size: int) -> float:
+        return self.learning_rate(hidden_size) * self.rate_factor(config, hidden_size)

@@ -25,6 +25,9 @@ from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 
+_WIDEST = 512
+"""The paper's width of the perceptron, for bases of 1024 and more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig:
@@ -42,9 +45,15 @@ class PrefixConfig:
         metadata={"help": "start from the prefix in this folder, trained on other tasks"},
     )
     prefix_projection: bool = field(
-        default=False, metadata={"help": "compute it by a perceptron while training, as the paper does"}
+        default=False,
+        metadata={
+            "help": "compute it by a perceptron while training, as the paper does; the default learning rate is then "
+            "3e-3, for a width of more than 256 less in proportion"
+        },
     )
-    encoder_hidden_size: int | None = field(default=None, metadata={"help": "its width; default: the base's"})
+    encoder_hidden_size: int | None = field(
+        default=None, metadata={"help": "its width; default: the base's, 512 at most"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "encoder_hidden_size"):
@@ -215,7 +224,7 @@ def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> Attache
     if not config.prefix_projection:
         return adapter
     adapter.detach()
-    hidden = config.encoder_hidden_size or model.config.get_text_config().hidden_size
+    hidden = _perceptron_width(config, model.config.get_text_config().hidden_size)
     projected = ProjectedPrefix(embeddings, shapes, model.dtype, hidden, context.seed)
     return PrefixAdapter(model, projected, len(shapes))
 
@@ -286,12 +295,25 @@ def _check_every_layer_reads_it(model: Any, adapter: PrefixAdapter, layers: int)
         raise OptionError("method", f"prefix does not fit this base: layers {ignoring} do not attend to past keys")
 
 
+def _perceptron_width(config: PrefixConfig, hidden_size: int) -> int:
+    return config.encoder_hidden_size or min(hidden_size, _WIDEST)
+
+
+def _rate_factor(config: PrefixConfig, hidden_size: int) -> float:
+    """A step of Adam's moves every weight of the perceptron by the rate, and what it computes by a sum over its width.
+
+    At the rate of keys and values themselves it leaves the text that it starts from at once, and may not come back.
+    """
+    return 0.1 * min(1.0, 256 / _perceptron_width(config, hidden_size)) if config.prefix_projection else 1.0
+
+
 PREFIX = Method(
     name="prefix",
     summary="trained keys and values before the first token, in every layer",
     config_class=PrefixConfig,
     attach=_attach,
     learning_rate=lambda hidden_size: 3e-2,  # keys and values are near 1 in size whatever the width
+    rate_factor=_rate_factor,
 )
 
 P_TUNING_V2 = Method(
@@ -300,4 +322,5 @@ P_TUNING_V2 = Method(
     config_class=PTuningV2Config,
     attach=_attach,
     learning_rate=PREFIX.learning_rate,
+    rate_factor=_rate_factor,
 )
