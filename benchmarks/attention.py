@@ -11,7 +11,6 @@ not reach are left out and named. Opponents are what is installed of FlashInfer,
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,7 +19,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +26,9 @@ from torch import Tensor
 
 from benchmarks.attention_opponents import OPPONENTS, Layer, Unable
 from benchmarks.engine_model import bandwidth, synchronize
+from benchmarks.options import DTYPES, lacks_device, option_parser
 from peftmux.kernels.attention import AttentionRows, StaticRows, choose_attention
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BLOCK = 16
 _CACHES = 1 << 28
 """Bytes of keys and values that one replay reads at least: several times what a device caches."""
@@ -256,24 +254,15 @@ def table(machine: Result, results: dict[str, Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.attention", description="Paged attention against its floor.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of attention.json and attention.md")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: the flow, no figures")
-    parser.add_argument("--opponent", action="append", default=[], help="NAME=PATH: of other kernels, not read here")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    options = parse(arguments)
-    if not options.dry and not torch.cuda.is_available():
-        print("expected a CUDA device, got none (--dry runs the flow on the CPU)", file=sys.stderr)
+    parser = option_parser("attention", "Paged attention against its floor.", budget=60)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parser.parse_args(arguments)
+    if lacks_device(options.dry):
         return 3
     device = torch.device("cpu" if options.dry else "cuda")
-    dtype = _DTYPES[options.dtype]
+    dtype = DTYPES[options.dtype]
     rate, products = (
         bandwidth(device, 1 << 16 if options.dry else 1 << 30),
         flops(device, dtype, 64 if options.dry else 8192),

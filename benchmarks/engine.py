@@ -10,7 +10,6 @@ Scenarios come in order of importance, and those that the budget does not reach 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,7 +17,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +26,9 @@ from benchmarks.engine_adapters import KINDS
 from benchmarks.engine_model import LLAMA_8B, TINY, Floor, Shape, bandwidth, random_llama
 from benchmarks.engine_opponents import ContinuousBatching, room_for, with_peft
 from benchmarks.engine_session import Adapter, Session
+from benchmarks.options import DTYPES, lacks_device, option_parser
 from peftmux.runtime.model.load import fit_model
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _GENERATED = 64
 _OPPONENT_ROWS = 64
 _PREFILLED = 8
@@ -200,26 +198,17 @@ def _cell(key: str, value: float | None) -> str:
     return f"{value:.0f}" if key == "tokens_s" else f"{value:.2f}"
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.engine", description="The engine's steps against their floor.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of engine.json and engine.md")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
-    parser.add_argument("--dry", action="store_true", help="a tiny shape on the CPU: the flow, no figures")
-    parser.add_argument("--opponent", action="append", default=[], help="NAME=PATH: of kernels, not read here")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    options = parse(arguments)
+    parser = option_parser("engine", "The engine's steps against their floor.", budget=300)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parser.parse_args(arguments)
     logging.set_verbosity_error()
-    if not options.dry and not torch.cuda.is_available():
-        print("expected a CUDA device, got none (--dry runs the flow on the CPU)", file=sys.stderr)
+    if lacks_device(options.dry):
         return 3
     device = torch.device("cpu" if options.dry else "cuda")
     scale = DRY if options.dry else FULL
-    dtype = _DTYPES[options.dtype]
+    dtype = DTYPES[options.dtype]
     model = fit_model(random_llama(scale.shape, device, dtype), None, "random", scale.shape.context)
     rate = bandwidth(device, scale.shape.copied)
     machine: Result = {

@@ -13,7 +13,6 @@ Both files are written anew after each case.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -29,6 +28,7 @@ from torch import Tensor
 from benchmarks.engine_model import bandwidth, synchronize
 from benchmarks.lowrank_cases import DRY, FULL, Case, Problem, Rates, Scale, cases, segments
 from benchmarks.lowrank_forms import SCALE, Ours, Pool, Run, TorchLoop, exact, opponent
+from benchmarks.options import lacks_device, option_parser
 
 Result = dict[str, Any]
 Build = Callable[[Problem, Pool], Run]
@@ -244,20 +244,10 @@ def write(
         (folder / f"{name}.new").replace(folder / name)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.lowrank", description="The low-rank operator's added time.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of lowrank.json and lowrank.md")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds")
-    parser.add_argument("--opponent", action="append", default=[], metavar="NAME=PATH", help="may be repeated")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: the flow, no figures")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    options = parse(arguments)
-    if not options.dry and not torch.cuda.is_available():
-        print("expected a CUDA device, got none (--dry runs the flow on the CPU)", file=sys.stderr)
+    options = option_parser("lowrank", "The low-rank operator's added time.", budget=300).parse_args(arguments)
+    if lacks_device(options.dry):
         return 3
     forms: dict[str, Build] = {
         "ours": lambda problem, pool: Ours(problem, pool.site),

@@ -84,6 +84,17 @@ def check_seeds(method: str, base: Path, rows: Path, folder: Path, config: Confi
     assert first.keys() != other.keys() or not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def check_whole_runs(
+    method: str, base: Path, plain: Any, rows: Path, folder: Path, config: Config | None = None
+) -> None:
+    """What is written gives the trained model's logits (plain: the base, loaded once more); seeds; interruptions."""
+    for name in ("files", "seeds", "resumes"):
+        (folder / name).mkdir()
+    check_files_give_the_models_logits(method, method, base, plain, rows, folder / "files", config)
+    check_seeds(method, base, rows, folder / "seeds", config)
+    check_resumes(method, base, rows, folder / "resumes", config)
+
+
 class StopAt(TrainerCallback):
     """Ends a run in the middle, as a lost machine would, after its checkpoint was written."""
 

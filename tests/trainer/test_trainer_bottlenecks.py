@@ -27,6 +27,7 @@ from tests.trainer.method_runs import (
     check_learns,
     check_resumes,
     check_seeds,
+    check_whole_runs,
     tensors,
 )
 from tests.trainer.test_trainer_methods import attach
@@ -176,11 +177,7 @@ def test_a_run_learns_its_task_with_the_defaults(method: str, taught: Path, rows
 
 @pytest.mark.parametrize("method", FORMS)
 def test_whole_runs(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    for name in ("files", "seeds", "resumes"):
-        (tmp_path / name).mkdir()
-    check_files_give_the_models_logits(method, method, qwen2, build_model("qwen2"), rows, tmp_path / "files")
-    check_seeds(method, qwen2, rows, tmp_path / "seeds", {"adapterdrop": 1})
-    check_resumes(method, qwen2, rows, tmp_path / "resumes", {"adapterdrop": 1})
+    check_whole_runs(method, qwen2, build_model("qwen2"), rows, tmp_path, {"adapterdrop": 1})
 
 
 def test_adapterdrop_in_training_and_in_the_file(qwen2: Path, rows: Path, tmp_path: Path):

@@ -18,10 +18,8 @@ from tests.model.ladders import PaperLadder
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.method_runs import (
     QUICK,
-    check_files_give_the_models_logits,
     check_learns,
-    check_resumes,
-    check_seeds,
+    check_whole_runs,
     tensors,
 )
 from tests.trainer.test_trainer_methods import attach
@@ -164,9 +162,5 @@ def test_what_makes_no_sense_is_refused(config: dict[str, Any], message: str):
 
 
 def test_whole_runs(taught: Path, qwen2: Path, rows: Path, tmp_path: Path):
-    for name in ("learns", "files", "seeds", "resumes"):
-        (tmp_path / name).mkdir()
-    check_learns("ladder", taught, rows, tmp_path / "learns")
-    check_files_give_the_models_logits("ladder", "ladder", qwen2, build_model("qwen2"), rows, tmp_path / "files")
-    check_seeds("ladder", qwen2, rows, tmp_path / "seeds")
-    check_resumes("ladder", qwen2, rows, tmp_path / "resumes")
+    check_learns("ladder", taught, rows, tmp_path)
+    check_whole_runs("ladder", qwen2, build_model("qwen2"), rows, tmp_path)

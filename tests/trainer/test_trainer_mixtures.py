@@ -17,7 +17,10 @@ from peftmux.trainer.export import export_adapter
 from peftmux.trainer.methods.loramoe import balance as variation
 from peftmux.trainer.methods.mixlora import balance as load
 from tests.trainer.lowered import lowered_logits
-from tests.trainer.method_runs import check_files_give_the_models_logits, check_learns, check_resumes, check_seeds
+from tests.trainer.method_runs import (
+    check_learns,
+    check_whole_runs,
+)
 from tests.trainer.test_trainer_methods import attach
 from tests.trainer.tiny_models import build_model, random_ids, scramble
 
@@ -185,8 +188,4 @@ def test_a_run_learns_its_task_with_the_defaults(method: str, taught: Path, rows
 
 @pytest.mark.parametrize("method", MIXTURES)
 def test_whole_runs(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    for name in ("files", "seeds", "resumes"):
-        (tmp_path / name).mkdir()
-    check_files_give_the_models_logits(method, method, qwen2, build_model("qwen2"), rows, tmp_path / "files")
-    check_seeds(method, qwen2, rows, tmp_path / "seeds")
-    check_resumes(method, qwen2, rows, tmp_path / "resumes")
+    check_whole_runs(method, qwen2, build_model("qwen2"), rows, tmp_path)

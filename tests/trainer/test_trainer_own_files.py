@@ -16,10 +16,8 @@ from peftmux.trainer.export import export_adapter
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.method_runs import (
     QUICK,
-    check_files_give_the_models_logits,
     check_learns,
-    check_resumes,
-    check_seeds,
+    check_whole_runs,
     tensors,
 )
 from tests.trainer.test_trainer_methods import attach
@@ -156,8 +154,4 @@ def test_a_run_learns_its_task_with_the_defaults(method: str, taught: Path, rows
 
 @pytest.mark.parametrize("method", METHODS)
 def test_whole_runs(method: str, qwen2: Path, rows: Path, tmp_path: Path):
-    for name in ("files", "seeds", "resumes"):
-        (tmp_path / name).mkdir()
-    check_files_give_the_models_logits(method, method, qwen2, build_model("qwen2"), rows, tmp_path / "files")
-    check_seeds(method, qwen2, rows, tmp_path / "seeds")
-    check_resumes(method, qwen2, rows, tmp_path / "resumes")
+    check_whole_runs(method, qwen2, build_model("qwen2"), rows, tmp_path)

@@ -108,8 +108,3 @@ def launch_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: 
 
 write_kv = torch.library.custom_op("peftmux::store_kv", launch_store, mutates_args=("k_cache", "v_cache"))
 """`launch_store`, likewise."""
-
-
-@write_kv.register_fake
-def _(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    return None

@@ -66,13 +66,6 @@ def bottlenecks_(
     kernels.up_kernel[(len(tiles), triton.cdiv(width, up.block_n))](t, y, *shared, y.stride(0), **up.options(block_m))
 
 
-@bottlenecks_.register_fake
-def _(
-    y: Tensor, h: Tensor, slots: Tensor, tiles: Tensor, order: Tensor, table: Tensor, block_m: int, widest: int
-) -> None:
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class ProductShape:
     """Of one program."""

@@ -110,11 +110,6 @@ def rotate_pair_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-@rotate_pair_.register_fake
-def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    return None
-
-
 @torch.library.custom_op("peftmux::swiglu", mutates_args=())
 def swiglu(gate_up: Tensor) -> Tensor:
     """As `reference.swiglu`."""

@@ -44,11 +44,6 @@ def adapt_embedding_(y: Tensor, ids: Tensor, slots: Tensor, table: Tensor) -> No
         )
 
 
-@adapt_embedding_.register_fake
-def _(y: Tensor, ids: Tensor, slots: Tensor, table: Tensor) -> None:
-    return None
-
-
 def embedding_tile(width: int) -> tuple[int, int]:
     """(columns, warps) of one program."""
     return min(512, int(triton.next_power_of_2(width))), 4

@@ -1,4 +1,4 @@
-"""The two kernels as torch operators, so that torch.compile and FakeTensor see what they write."""
+"""The kernels as torch operators, so that torch.compile and FakeTensor see what they write."""
 
 from __future__ import annotations
 
@@ -66,20 +66,6 @@ def lowrank_shrink(
     )
 
 
-@lowrank_shrink.register_fake
-def _(
-    x: Tensor,
-    t: Tensor,
-    partial: Tensor,
-    arrived: Tensor,
-    tiles: Tensor,
-    order: Tensor,
-    table: Tensor,
-    numbers: Sequence[int],
-) -> None:
-    return None
-
-
 @torch.library.custom_op("peftmux::lowrank_expand", mutates_args=("y",))
 def lowrank_expand(
     t: Tensor,
@@ -110,19 +96,6 @@ def lowrank_expand(
         num_warps=warps,
         num_stages=stages,
     )
-
-
-@lowrank_expand.register_fake
-def _(
-    t: Tensor,
-    y: Tensor,
-    tiles: Tensor,
-    order: Tensor,
-    table: Tensor,
-    columns: Tensor,
-    numbers: Sequence[int],
-) -> None:
-    return None
 
 
 @torch.library.custom_op("peftmux::lowrank_outer", mutates_args=("out",))
@@ -157,17 +130,3 @@ def lowrank_outer(
         num_warps=4,
         num_stages=3,
     )
-
-
-@lowrank_outer.register_fake
-def _(
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
-    groups: Tensor,
-    order: Tensor,
-    table: Tensor,
-    rank: int,
-    aligned: bool,
-) -> None:
-    return None

@@ -52,13 +52,6 @@ def slot_norm_(
         )
 
 
-@slot_norm_.register_fake
-def _(
-    y: Tensor, x: Tensor, like: Tensor, slots: Tensor, table: Tensor, eps: float, centred: bool, offset: float
-) -> None:
-    return None
-
-
 def slot_norm_tile(width: int, heads: int) -> tuple[int, int, int]:
     """(columns, heads, warps) of one program."""
     block = int(triton.next_power_of_2(width))

@@ -46,11 +46,6 @@ def replace_rows_(y: Tensor, x: Tensor, tiles: Tensor, order: Tensor, table: Ten
     )
 
 
-@replace_rows_.register_fake
-def _(y: Tensor, x: Tensor, tiles: Tensor, order: Tensor, table: Tensor, block_m: int) -> None:
-    return None
-
-
 @dataclass(frozen=True, slots=True)
 class RowsShape:
     """Of one program."""

@@ -46,11 +46,6 @@ def add_sparse_(y: Tensor, x: Tensor, tiles: Tensor, order: Tensor, table: Tenso
     )
 
 
-@add_sparse_.register_fake
-def _(y: Tensor, x: Tensor, tiles: Tensor, order: Tensor, table: Tensor, block_m: int) -> None:
-    return None
-
-
 def sparse_tile(block_m: int) -> tuple[int, int, int]:
     """(tokens at once, weight rows, entries of each at once) of one program, for tiles of block_m tokens."""
     return (1, 32, 32) if block_m == 1 else (4, 16, 32)
