@@ -8,95 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftmux.kernels.lowrank import LinearPart, Segments, choose_training
+from peftmux.trainer.errors import TrainerError
 from peftmux.trainer.inputs import Inputs, PrefixSource, VirtualTokens
+from peftmux.trainer.place import Change, Place
+from peftmux.trainer.random_state import Draws
 
 if TYPE_CHECKING:
     from peftmux.trainer.methods.base import AttachedAdapter
+
+__all__ = ["Change", "Host", "Place", "RowsApart", "replace_module"]
 
 _ATTRIBUTE = "_peftmux_host"
 _MODULE = "peftmux_adapters"
 
 
-class Change(nn.Module):
-    """What one adapter does at one place of the base, computed from its trainable tensors at each call.
-
-    The first dimension of x and y is the batch's rows; x is the first thing that the module is given. A subclass
-    overrides `before`, `after` or both; its file tensors are named by what follows the module's path in the adapter's
-    file.
-    """
-
-    def before(self, x: Any) -> Any:
-        """What the base's module is given in the place of x."""
-        return x
-
-    def after(self, y: Any, x: Any) -> Any:
-        """What stands for the base's output y. x is what the place was given, not what `before` made of it."""
-        return y
-
-    def low_rank(self) -> LinearPart | None:
-        """All that it does, where that is a low-rank term: many such are one operation, over their rows together."""
-        return None
-
-    def file_tensors(self) -> Mapping[str, Tensor]:
-        return {}
-
-
-class _Nothing(Change):
-    def low_rank(self) -> LinearPart:
-        return LinearPart()
-
-
-_NOTHING = _Nothing()
-
-
-class Place(nn.Module):
-    """Stands where a module of the base stood, with the changes of the adapters that act there."""
-
-    def __init__(self, base_layer: nn.Module, host: Host) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.changes = nn.ModuleDict()
-        """By `AttachedAdapter.key`."""
-        self.__dict__["host"] = host  # no submodule: the host holds the model
-        self.training = base_layer.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args:  # attention is called by keywords
-            name = next(iter(kwargs))
-            return self._changed(kwargs[name], lambda x: self.base_layer(**{**kwargs, name: x}))
-        return self._changed(args[0], lambda x: self.base_layer(x, *args[1:], **kwargs))
-
-    def _changed(self, x: Any, base: Callable[[Any], Any]) -> Any:
-        spans = self.__dict__["host"].spans
-        if spans is None:
-            (change,) = self.changes.values()
-            return change.after(base(change.before(x)), x)  # type: ignore[operator]
-        sizes = _sizes(spans)
-        if sizes is None:
-            ((key, _),) = spans
-            change = self.changes[key] if key in self.changes else _NOTHING  # noqa: SIM401
-            return change.after(base(change.before(x)), x)  # type: ignore[operator]
-        here = [self.changes[key] if key in self.changes else _NOTHING for key, _ in spans]  # noqa: SIM401
-        low_rank = [change.low_rank() for change in here]  # type: ignore[operator]
-        if None not in low_rank:
-            return self.__dict__["host"].add_low_rank(base(x), x, low_rank)
-        pieces = x.split(sizes)  # not slices: the gradient of a slice is as large as x
-        given = _cat([change.before(piece) for change, piece in zip(here, pieces, strict=True)])  # type: ignore[operator]
-        parts = _split(base(given), sizes)
-        return _cat([c.after(y, piece) for c, y, piece in zip(here, parts, pieces, strict=True)])  # type: ignore[operator]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # some models look at a layer's weight, its dtype or its sizes
-            return getattr(self._modules["base_layer"], name)
+class RowsApart(TrainerError):
+    """A layer is given a batch in which the rows cannot be told from each other."""
 
 
 class Host:
@@ -106,6 +40,9 @@ class Host:
         self.model = model
         self.spans: tuple[tuple[str, slice], ...] | None = None
         """The batch's rows by adapter, covering all of them in order; None: all are the one adapter's."""
+        self.width = 0
+        """Tokens of each row, while there are several adapters' rows."""
+        self._draws: dict[str, Draws] = {}
         self._segments: dict[int, Segments] = {}
         """The spans in tokens, by how many tokens a row has."""
         self._adapters: dict[str, AttachedAdapter] = {}
@@ -190,17 +127,22 @@ class Host:
                 self.add(adapter)
 
     @contextmanager
-    def rows(self, counts: Mapping[str, int]) -> Iterator[None]:
-        """Within it a batch holds so many rows of each adapter (by key), in this order."""
+    def rows(self, counts: Mapping[str, int], draws: Mapping[str, Draws] | None = None) -> Iterator[None]:
+        """Within it a batch holds so many rows of each adapter (by key), in this order.
+
+        draws: of the adapters that draw from a state of their own. RowsApart for a base that has no rows somewhere.
+        """
         spans, start = [], 0
         for key, count in counts.items():
             spans.append((key, slice(start, start + count)))
             start += count
         before, self.spans = self.spans, tuple(spans)
-        self._segments = {}
+        self._segments, self._draws = {}, dict(draws or {})
+        width = self.model.register_forward_pre_hook(self._see_width, with_kwargs=True)  # after `_before_forward`
         try:
             yield
         finally:
+            width.remove()
             self.spans = before
 
     @contextmanager
@@ -216,13 +158,30 @@ class Host:
         """The batch's rows that are this adapter's; None where it has none."""
         return slice(None) if self.spans is None else dict(self.spans).get(key)
 
+    def sizes(self, x: Tensor) -> list[int]:
+        """How much of x's first dimension is each adapter's: rows, or tokens where a layer is given them flat."""
+        assert self.spans is not None
+        flat = x.dim() == 2 and x.is_floating_point()
+        each, total = self.width if flat else 1, self.spans[-1][1].stop
+        if len(x) != total * each:
+            raise RowsApart(f"expected {total} rows of {self.width} tokens in every layer, got {list(x.shape)}")
+        return [(span.stop - span.start) * each for _, span in self.spans]
+
+    def draw(self, index: int, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`function` of an adapter's rows, or tokens, as it draws in a pass of its own."""
+        assert self.spans is not None
+        key, span = self.spans[index]
+        if key not in self._draws:
+            return function(*tensors)
+        return self._draws[key].apply(function, span.stop - span.start, self.width, *tensors)
+
     def add_low_rank(self, y: Any, x: Any, parts: Sequence[LinearPart]) -> Any:
         """y: [B, ..., N], x: [B, ..., K] where there is a part; each is that of the rows of one span."""
         assert self.spans is not None
         if not any(part.rank for part in parts):
             return y
         rows = x.flatten(0, -2)
-        each = len(rows) // len(x)
+        each = len(rows) // self.spans[-1][1].stop
         if each not in self._segments:
             counts = [(span.stop - span.start) * each for _, span in self.spans]
             self._segments[each] = Segments.build(range(1, len(counts) + 1), counts, x.device)
@@ -249,6 +208,9 @@ class Host:
         scores, size = self._adapters[key].scores(logits, self.hidden[:, -labels.shape[1] :], vocab_size)
         return self._own_loss(logits=scores, labels=labels, vocab_size=size, **kwargs)
 
+    def _see_width(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.width = (args[0] if args else kwargs["input_ids"]).shape[1]
+
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -259,7 +221,10 @@ class Host:
         virtual: list[tuple[slice, VirtualTokens | None]] = [(span, a.virtual) for span, a in parts]
         prefixes: list[tuple[slice, PrefixSource | None]] = [(span, a.prefix) for span, a in parts]
         inputs = Inputs(self.model, {**kwargs, "input_ids": ids})
-        inputs.insert_virtual(virtual)
+        for (_, adapter), added in zip(parts, inputs.insert_virtual(virtual), strict=True):
+            if adapter.key in self._draws:
+                own = self._draws[adapter.key]
+                self._draws[adapter.key] = replace(own, tokens=own.tokens + added)
         inputs.prepend_prefixes(prefixes)
         if any(a.sees_both_ways for _, a in parts):
             inputs.see_both_ways([(span, a.sees_both_ways) for span, a in parts])
@@ -282,25 +247,3 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
     setattr(parent.base_layer if isinstance(parent, Place) else parent, child, new)
-
-
-def _sizes(spans: Sequence[tuple[str, slice]]) -> list[int] | None:
-    """Rows by adapter; None where all are one's."""
-    if len(spans) == 1:
-        return None
-    return [span.stop - span.start for _, span in spans]
-
-
-def _split(y: Any, sizes: list[int]) -> list[Any]:
-    """The rows of a module's output by adapter; it may be a tuple of tensors and Nones."""
-    if not isinstance(y, tuple):
-        return list(y.split(sizes))
-    columns = [item.split(sizes) if isinstance(item, Tensor) else [item] * len(sizes) for item in y]
-    return list(zip(*columns, strict=True))
-
-
-def _cat(pieces: list[Any]) -> Any:
-    if isinstance(pieces[0], tuple):
-        columns = zip(*pieces, strict=True)
-        return tuple(torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -66,10 +66,13 @@ class Inputs:
         self.kwargs = kwargs
         self._model = model
 
-    def insert_virtual(self, sources: Sequence[tuple[slice, VirtualTokens | None]]) -> None:
-        """Each adapter's virtual tokens into its rows; rows are filled up on the right to the longest."""
+    def insert_virtual(self, sources: Sequence[tuple[slice, VirtualTokens | None]]) -> list[int]:
+        """Each adapter's virtual tokens into its rows; rows are filled up on the right to the longest.
+
+        Returns how many there are, by adapter.
+        """
         if not any(source for _, source in sources):
-            return
+            return [0] * len(sources)
         if self.kwargs.get("past_key_values") is not None:
             raise ValueError("a model with virtual tokens attached takes whole sequences, without past_key_values")
         ids, labels, mask = (self.kwargs.get(n) for n in ("input_ids", "labels", "attention_mask"))
@@ -92,6 +95,7 @@ class Inputs:
             self.kwargs["attention_mask"] = torch.cat([pad(part, (0, width - part.shape[1])) for part in grown])
         if keep is not None and labels is not None:
             self._crop_labels()
+        return [piece.shape[1] - ids.shape[1] for piece, _ in new]
 
     def _crop_labels(self) -> None:
         """Only positions from the one before the first learned token on need logits."""

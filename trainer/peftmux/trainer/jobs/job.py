@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from peftmux.trainer.host import Host
 from peftmux.trainer.huggingface_trainer import PlainLog
 from peftmux.trainer.loop import train_and_evaluate
 from peftmux.trainer.prepared import Prepared, make_trainer
+from peftmux.trainer.random_state import Draws, RandomState
 
 _ALONE = (
     *("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "torch_compile", "auto_find_batch_size"),
@@ -34,7 +33,7 @@ class Job:
 
     Data, optimiser, schedule, clipping, logs, checkpoints, evaluation and early stopping are the Trainer's, as in a run
     of the job alone. While the loop runs (`advance`) the process's random state and its parameters' gradients are the
-    job's own; between turns they are kept here. `dropout` alone is drawn by the shared pass.
+    job's own; between turns they are kept here. What a pass draws for this job it draws from `random`, too.
     """
 
     def __init__(self, name: str, ready: Prepared) -> None:
@@ -61,7 +60,7 @@ class Job:
         """Of the passes. The loop itself has one: each thread that has computed in parallel keeps a team of workers,
         and where the teams outnumber the cores every small operation of a pass waits for its team to wake up."""
         self._thread = threading.Thread(target=self._run, name=f"job {name}", daemon=True)
-        self._random = _random_state()
+        self.random = RandomState()
         self._gradients: dict[str, Tensor | None] = {}
 
     @property
@@ -76,7 +75,7 @@ class Job:
     def advance(self) -> bool:
         """Let the loop run until it wants the next pass (True) or has ended (False). Raises what the loop raised."""
         self.batch = None
-        with self._own_state():
+        with self.random.all(), self.gradients():  # the loop clears the gradients of everything in the model
             if self._thread.ident is None:
                 self._thread.start()
             else:
@@ -121,16 +120,10 @@ class Job:
             for parameter in parameters.values():
                 parameter.grad = None
 
-    @contextmanager
-    def _own_state(self) -> Iterator[None]:
-        outside = _random_state()
-        _set_random_state(self._random)
-        try:
-            with self.gradients():  # the loop clears the gradients of everything in the model
-                yield
-        finally:
-            self._random = _random_state()
-            _set_random_state(outside)
+    def draws(self) -> Draws:
+        """For the pass that is wanted."""
+        assert self.batch is not None
+        return Draws(self.random, self.batch["input_ids"].shape[1], self.batch["labels"].shape[1])
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -180,21 +173,3 @@ def _check(ready: Prepared) -> None:
     for name in _ALONE:
         if getattr(ready.args, name, None):
             raise OptionError(name.replace("_", "-"), "changes the pass that jobs share: is for a run of its own")
-
-
-_RandomState = tuple[Any, Any, Tensor, list[Tensor]]
-
-
-def _random_state() -> _RandomState:
-    """Of Python, numpy and torch."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: _RandomState) -> None:
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)

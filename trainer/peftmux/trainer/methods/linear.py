@@ -28,13 +28,18 @@ class LinearChange(Change, ABC):
     def part(self) -> LinearPart:
         """Made from the trainable tensors at each call, so that gradients reach them."""
 
+    @property
+    def draws(self) -> bool:
+        return self.drop > 0 and self.training
+
     def low_rank(self) -> LinearPart | None:
-        return self.part() if self.low_rank_alone and not (self.drop and self.training) else None
+        return self.part() if self.low_rank_alone else None
+
+    def read(self, x: Tensor) -> Tensor:
+        return dropout(x, self.drop) if self.draws else x
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.drop and self.training:
-            x = dropout(x, self.drop)
-        return _apply(y, x, self.part())
+        return _apply(y, self.read(x), self.part())
 
 
 def _apply(y: Tensor, x: Tensor, part: LinearPart) -> Tensor:

@@ -46,6 +46,11 @@ class VirtualEmbeddings(Change):
         super().__init__()
         self._source = (source,)  # no submodule: the adapter holds it
         self._vocabulary = vocabulary
+        self._drops = any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in source.modules())
+
+    @property
+    def draws(self) -> bool:
+        return self._drops and self._source[0].training
 
     def before(self, x: Tensor) -> Tensor:
         return x.clamp(max=self._vocabulary - 1)

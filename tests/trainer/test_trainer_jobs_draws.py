@@ -1,0 +1,125 @@
+"""What jobs draw while they share passes (dropout) is what each draws in its solo run, in every form of batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftmux.trainer.host import Host
+from peftmux.trainer.jobs.file import JobSpec, read_jobs, resumed
+from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.jobs.together import Together
+from peftmux.trainer.loop import run_training
+from tests.trainer import tiny_models
+from tests.trainer.method_runs import assert_equal, tensors
+from tests.trainer.test_trainer_jobs import TOLERANCE, jobs_file
+from tests.trainer.tiny_models import save_base, write_rows
+
+DROPS: dict[str, Any] = {"lora_dropout": 0.3, "max_steps": 4}
+LSTM = {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.4, "num_virtual_tokens": 3, "max_steps": 4}
+SPECS: list[dict[str, Any]] = [
+    {"name": "plain", "method": "lora", "max_steps": 4},
+    {"name": "lora", "method": "lora", "r": 4, "learning_rate": 1e-2, **DROPS},
+    {"name": "dora", "method": "dora", "r": 2, "seed": 7, "gradient_accumulation_steps": 2, **DROPS},
+    {"name": "head", "method": "lora", "target_modules": ["q_proj", "lm_head"], **DROPS},
+    {"name": "budget", "method": "adalora", "init_r": 3, "target_r": 2, **DROPS},
+    {"name": "encoder", "method": "p-tuning", **LSTM},
+    {"name": "prompt", "method": "prompt", "num_virtual_tokens": 5, "max_steps": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of many lengths, so that jobs' batches are filled up for each other."""
+    draw = random.Random(4)
+    rows = [("".join(draw.choices("abc", k=draw.randint(2, 9))), "".join(draw.choices("AB", k=4))) for _ in range(13)]
+    return write_rows(
+        tmp_path_factory.mktemp("uneven") / "rows.jsonl", [{"prompt": p, "completion": c} for p, c in rows]
+    )
+
+
+def solo(spec: JobSpec, out: Path) -> dict[str, torch.Tensor]:
+    run_training(spec.method, dataclasses.replace(spec.options, out=str(out)), spec.config, spec.training)
+    return tensors(out)
+
+
+@pytest.mark.parametrize("shape", ["llama", "opt"])  # OPT's feed-forward layers are given tokens, not rows
+def test_what_is_drawn_is_the_solo_runs(shape: str, uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiny_models.CONFIGS["opt"], "dropout", 0.0)
+    base = save_base(tmp_path / "base", shape)
+    chosen = [spec for spec in SPECS if shape == "llama" or spec["name"] in ("plain", "lora", "dora")]
+    specs = read_jobs(jobs_file(tmp_path, base, uneven, chosen))
+    assert JobRun(specs).run().keys() == {spec.name for spec in specs}
+    for spec in specs:
+        together = tensors(tmp_path / "out" / spec.name)
+        for name, tensor in solo(spec, tmp_path / "solo" / spec.name).items():
+            torch.testing.assert_close(together[name], tensor, rtol=0, atol=TOLERANCE, msg=f"{spec.name} {name}")
+
+
+def test_a_base_that_draws_gives_each_job_its_own_passes(uneven: Path, tmp_path: Path, capsys: Any):
+    base = save_base(tmp_path / "base", "gpt2")
+    specs = read_jobs(jobs_file(tmp_path, base, uneven, [SPECS[0], SPECS[1], SPECS[5]]))
+    JobRun(specs).run()
+    assert capsys.readouterr().err.count("every job has passes of its own") == 1
+    for spec in specs:
+        assert_equal(tensors(tmp_path / "out" / spec.name), solo(spec, tmp_path / "solo" / spec.name))
+
+
+def test_rows_that_a_layer_mixes_give_each_job_its_own_passes(
+    qwen2: Path, uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """Found in the middle of the first pass, when masks have been drawn already."""
+    places, sizes = 0, Host.sizes
+
+    def last_layer_gathers(self: Host, x: torch.Tensor) -> list[int]:
+        nonlocal places
+        places += 1
+        return sizes(self, x[:-1] if places == 12 else x)
+
+    monkeypatch.setattr(Host, "sizes", last_layer_gathers)
+    specs = read_jobs(jobs_file(tmp_path, qwen2, uneven, SPECS[1:3]))
+    JobRun(specs).run()
+    assert "expected 6 rows of" in capsys.readouterr().err
+    assert places == 12
+    for spec in specs:
+        assert_equal(tensors(tmp_path / "out" / spec.name), solo(spec, tmp_path / "solo" / spec.name))
+
+
+class Cut(Together):
+    """A lost machine in the middle of the run."""
+
+    rounds = 0
+
+    def round(self, jobs: Sequence[Any]) -> None:
+        self.rounds += 1
+        if self.rounds == 5:
+            raise KeyboardInterrupt
+        super().round(jobs)
+
+
+def test_jobs_that_are_cut_off_together_end_with_the_same_bits(qwen2: Path, uneven: Path, tmp_path: Path):
+    """Their checkpoints are of one round, so that the rest of the run has the same passes."""
+    own = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2}
+    names = ("plain", "lora", "budget", "encoder")
+    specs = [{**spec, **own} for spec in SPECS if spec["name"] in names]
+    specs += [
+        {"name": "difference", "method": "diffpruning", "sparsity": 0.1, **own},
+        {"name": "after", "method": "houlsby", "adapterdrop": 1, **own},
+    ]
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    JobRun(read_jobs(jobs_file(tmp_path / "whole", qwen2, uneven, specs))).run()
+    path = jobs_file(tmp_path / "cut", qwen2, uneven, specs)
+    with pytest.raises(KeyboardInterrupt):
+        JobRun(read_jobs(path), together=Cut).run()
+    left = resumed(read_jobs(path))
+    assert all(spec.options.resume for spec in left)
+    JobRun(left).run()
+    for spec in specs:
+        assert_equal(*(tensors(tmp_path / run / "out" / spec["name"]) for run in ("whole", "cut")))
