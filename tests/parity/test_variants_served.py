@@ -1,6 +1,7 @@
 """Every variant that `peftmux train` offers: trained, resumed at half to the bit, served with the trainer's numbers.
 
-All adapters stand in one engine and are asked in one batch. What PEFT can load has PEFT's logits, too.
+All adapters stand in one engine and are asked in one batch. What PEFT can load has PEFT's logits, too;
+what changes weights alone is merged into them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from peftmux.cli.main import main
 from peftmux.trainer import train
 from peftmux.trainer.data import Example
 from peftmux.trainer.methods import METHODS
@@ -83,6 +86,11 @@ IN_PEFT = {
     *("lora", "rslora", "lora-plus", "pissa", "dora", "adalora", "prefix", "p-tuning-v2", "prompt"),
     *("ia3", "ln", "shira"),
 }
+MERGED = {
+    *("lora", "rslora", "lora-plus", "pissa", "dora", "adalora"),
+    *("ia3", "ln", "bitfit", "layers", "shira", "diffpruning"),
+}
+"""Methods that change weights, and nothing else."""
 PROMPTS = ([101, 65, 102, 65, 103], [70, 71], list(range(100, 119)))
 NEW = 4
 
@@ -138,6 +146,18 @@ def trainer_says(result: Any, prompt: list[int], task: int | None) -> tuple[list
     return ids, values
 
 
+def check_merged(folder: Path, base: Path, expected: list[tuple[list[int], list[float]]]) -> None:
+    """A plain model of the merged weights says what the trainer says, teacher-forced."""
+    out = folder.with_name(f"{folder.name}.merged")
+    words = ["--model", str(base), "--out", str(out), "--dtype", "float32"]
+    assert main(["adapters", "merge", str(folder), *words]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    for prompt, (tokens, values) in zip(PROMPTS, expected, strict=True):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert logits.max(-1).values.tolist() == pytest.approx(values, abs=2e-4), folder
+
+
 def pefts_logits(folder: Path, ids: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,7 +167,9 @@ def pefts_logits(folder: Path, ids: Tensor) -> Tensor:
     return logits[:, -ids.shape[1] :]
 
 
-async def test_the_engine_has_the_trainers_numbers(stored: Path, data: Path, stages: list[str], tmp_path: Path) -> None:
+async def test_the_engine_and_merged_weights_have_the_trainers_numbers(
+    stored: Path, data: Path, stages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     training = {"max_steps": 6, "learning_rate": 2e-2, "per_device_train_batch_size": 8, "disable_tqdm": True}
     names = {variant: f"a{i}" for i, variant in enumerate(VARIANTS)}
     expected = {}
@@ -175,3 +197,10 @@ async def test_the_engine_has_the_trainers_numbers(stored: Path, data: Path, sta
         tokens, values = expected[variant, task, i]
         assert answer.ids == tokens, (variant, task, i)
         assert answer.values == pytest.approx(values, abs=2e-4), (variant, task, i)
+    for variant, name in names.items():
+        if VARIANTS[variant][0] in MERGED:
+            check_merged(tmp_path / name, stored, [expected[variant, None, i] for i in range(len(PROMPTS))])
+            continue
+        words = ["--model", str(stored), "--out", str(tmp_path / "refused")]
+        assert main(["adapters", "merge", str(tmp_path / name), *words]) == 1, variant
+        assert "cannot be merged into the base's weights" in capsys.readouterr().err, variant
