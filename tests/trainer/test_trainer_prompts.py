@@ -219,7 +219,7 @@ def test_a_templates_places_are_counted_in_the_prompt():
     new = adapter.place(row)
     assert new.input_ids == [260, 261, 5, 263, 6, 262, 7, 8]
     assert new.labels == [IGNORED] * 6 + [7, 8]
-    with pytest.raises(OptionError, match="template: expected a prompt that reaches 1, got one of 0 tokens"):
+    with pytest.raises(OptionError, match="template: expected a prompt of at least 1 tokens for the template, got 0"):
         adapter.place(Example([7, 8], [7, 8]))
 
 

@@ -135,7 +135,7 @@ class TokenGroup:
 
     tokens: int
     at: int
-    """k > 0: before a prompt's k-th token, counted from 0; -1: after its last, -2: before its last, ..."""
+    """k >= 0: before a prompt's k-th token, counted from 0; -1: after its last, -2: before its last, ..."""
 
 
 @dataclass(frozen=True, slots=True)

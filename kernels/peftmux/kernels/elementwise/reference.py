@@ -31,11 +31,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x in place: RoPE (Su et al., 2021, arXiv 2104.09864) on halves, of the first R elements of each head.
 
-    x: [T, H, D], cos and sin: [T, R], R <= D even: (x1, x2) -> (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), where 1 and 2
-    are the first and second half of R. Returns x.
+    x: [T, H, D], cos and sin: [T, R], R <= D even. Returns x.
     """
     turned = cos.shape[-1]
-    c, s = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    first, second = x[..., :turned].float().chunk(2, -1)
-    x[..., :turned] = x[..., :turned].float() * c + torch.cat([-second, first], -1) * s
+    x[..., :turned] = rotated(x[..., :turned], cos.unsqueeze(1), sin.unsqueeze(1))
     return x
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(x1, x2) -> (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), where 1 and 2 are the first and second half of R.
+
+    x: [..., R], cos and sin: [..., R] that broadcast to it. Differentiable.
+    """
+    first, second = x.float().chunk(2, -1)
+    return (x.float() * cos.float() + torch.cat([-second, first], -1) * sin.float()).to(x.dtype)

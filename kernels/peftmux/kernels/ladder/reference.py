@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peftmux.kernels.elementwise import rms_norm, rotated
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [..., T, H, E], k [..., T, Hkv, E], v [..., T, Hkv, E]) -> [..., T, H, E]: causal, scaled by 1 / sqrt(E)."""
 
@@ -138,7 +140,7 @@ def climb(side: Tensor, h: Tensor, rung: Rung, ladder: Ladder, turn: tuple[Tenso
     block = rung.block
     x = _normed(side, block.attention_norm, ladder.eps)
     q, k, v = (_affine(x, part).unflatten(-1, (-1, ladder.head_dim)) for part in (block.q, block.k, block.v))
-    mixed = attend(_turned(q, turn), _turned(k, turn), v)
+    mixed = attend(rotated(q, *turn), rotated(k, *turn), v)
     side = side + _affine(mixed.flatten(-2), block.o)
     x = _normed(side, block.feed_forward_norm, ladder.eps)
     return side + _affine(ACTIVATIONS[ladder.activation](_affine(x, block.gate)) * _affine(x, block.up), block.down)
@@ -160,15 +162,7 @@ def _affine(x: Tensor, part: Affine) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(weight.dtype)
-
-
-def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """x: [..., T, H, E], on halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    cos, sin = turn
-    first, second = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+    return rms_norm(x.float(), weight, eps).to(weight.dtype)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -17,6 +17,8 @@ from math import isqrt
 from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
+from peftmux.kernels.elementwise import rms_norm
+
 
 @dataclass(frozen=True, slots=True)
 class VisionPart:
@@ -44,7 +46,7 @@ class VisionPart:
 def embed_patches(x: Tensor, rows: int, columns: int, part: VisionPart) -> Tensor:
     """The definition above, differentiable. x: [rows * columns, 3 * p * p] -> [rows * columns, D]."""
     z = linear(x.to(part.patch.dtype), part.patch, part.patch_bias)
-    z = z * (z.square().mean(-1, keepdim=True) + part.eps).rsqrt() * part.norm
+    z = rms_norm(z.float(), part.norm, part.eps)
     return linear(z + grid_positions(part.positions, rows, columns), part.out)
 
 

@@ -66,10 +66,15 @@ def plan(config: Mapping[str, Any], shapes: Shapes, base: BaseModel) -> Plan:
             a, b, e = (tensors[name] for name in found.stem(site, "lora_A", "lora_B", "lora_E"))
             if rank := ranks[site.name]:
                 alpha = fields["lora_alpha"] if fields["lora_alpha"] > 0 else rank
-                linear[site.name] = LinearPart(a * e, b, alpha / (fields["init_r"] + _EPSILON))
+                linear[site.name] = triplets(a, e, b, alpha, fields["init_r"])
         return Parts(linear)
 
     return found.finish("adalora", build)
+
+
+def triplets(a: Tensor, e: Tensor, b: Tensor, alpha: float, init_r: int) -> LinearPart:
+    """The definition above, for alpha > 0. a: [k, in], e: [k, 1], b: [out, k]. Differentiable."""
+    return LinearPart(a * e, b, alpha / (init_r + _EPSILON))
 
 
 def _rank(fields: Mapping[str, Any], site: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftmux.adapters.parts import TokenGroup
+from peftmux.adapters.template import PromptTooShort, inserts
 from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.params import OutputOptions, SamplingParams
 from peftmux.runtime.scheduler import PrefixBlocks, RowPlan, Scheduler
@@ -21,22 +22,16 @@ def fill_template(prompt: tuple[int, ...], template: Sequence[TokenGroup]) -> tu
     """
     if not template:
         return prompt
-    inserts: list[tuple[int, bool, list[int]]] = []
-    used = 0
-    for group in template:
-        index = group.at if group.at >= 0 else len(prompt) + 1 + group.at
-        if not 0 <= index <= len(prompt):
-            least = group.at if group.at >= 0 else -1 - group.at
-            raise InvalidRequest(
-                "input", f"expected at least {least} tokens for the adapter's template, got {len(prompt)}"
-            )
-        inserts.append((index, group.at < 0, list(range(-1 - used, -1 - used - group.tokens, -1))))
-        used += group.tokens
     filled: list[int] = []
     done = 0
-    for index, _, ids in sorted(inserts, key=lambda insert: insert[:2]):
-        filled += [*prompt[done:index], *ids]
-        done = index
+    try:
+        for index, tokens in inserts(template, len(prompt)):
+            filled += [*prompt[done:index], *(-1 - token for token in tokens)]
+            done = index
+    except PromptTooShort as error:
+        raise InvalidRequest(
+            "input", f"expected at least {error.least} tokens for the adapter's template, got {len(prompt)}"
+        ) from None
     return (*filled, *prompt[done:])
 
 

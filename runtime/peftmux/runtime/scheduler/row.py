@@ -159,10 +159,6 @@ class Row:
         return len(self.tokens) >= self.new.max_total
 
     @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.prompt_end
-
-    @property
     def is_reporting(self) -> bool:
         """Log-probabilities of prompt tokens are still to come. The last prompt token predicts none of them."""
         return self.new.readout is None and self.next_reported < self.prompt_end - 1

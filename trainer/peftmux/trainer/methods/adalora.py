@@ -7,6 +7,7 @@ triplets that are left are exported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftmux.adapters.methods.adalora import triplets
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
@@ -45,6 +47,8 @@ class AdaLoraConfig:
         for name in ("init_r", "target_r", "delta_t"):
             if getattr(self, name) < 1:
                 raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {getattr(self, name)}")
+        if not 0 < self.lora_alpha < math.inf:  # PEFT reads others as the pruned rank, which no training knows
+            raise OptionError("lora-alpha", f"expected more than 0, got {self.lora_alpha}")
         if self.target_r > self.init_r:
             raise OptionError("target-r", f"expected at most init-r, {self.init_r}, got {self.target_r}")
         if min(self.warmup_share, self.final_share) < 0 or self.warmup_share + self.final_share >= 1:
@@ -85,7 +89,7 @@ class TripletLinear(LinearChange):
         self.lora_A = _normal((k, in_features), generator, weight.device)
         self.lora_E = nn.Parameter(torch.zeros(k, 1, device=weight.device))
         self.lora_B = _normal((out_features, k), generator, weight.device)
-        self.scale = config.lora_alpha / (k + 1e-5)
+        self._alpha = config.lora_alpha
         self.register_buffer("kept", torch.ones(k, device=weight.device))
         for name in ("A", "E", "B"):
             like: Tensor = getattr(self, f"lora_{name}")
@@ -93,7 +97,7 @@ class TripletLinear(LinearChange):
             self.register_buffer(f"uncertainty_{name}", torch.zeros_like(like))
 
     def part(self) -> LinearPart:
-        return LinearPart(self.lora_A * self.lora_E, self.lora_B, self.scale)
+        return triplets(self.lora_A, self.lora_E, self.lora_B, self._alpha, len(self.lora_E))
 
     def orthogonality(self) -> Tensor:
         """|Q Q^T - I| + |P^T P - I|, Frobenius norms."""

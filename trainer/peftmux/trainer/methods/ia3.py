@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.torch_base import TorchBase
+from peftmux.kernels import inputs
+from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
@@ -44,7 +46,7 @@ class OutputScale(Change):
         self.ia3_l = nn.Parameter(torch.ones(weight.shape[0], 1, device=weight.device))
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        return (y * self.ia3_l.flatten()).to(y.dtype)
+        return apply_linear_part(y, x, LinearPart(out_scale=self.ia3_l.flatten()))
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         return {"ia3_l": self.ia3_l}
@@ -59,7 +61,7 @@ class InputScale(Change):
         self.ia3_l = nn.Parameter(torch.ones(1, weight.shape[1], device=weight.device))
 
     def before(self, x: Tensor) -> Tensor:
-        return (x * self.ia3_l.flatten()).to(x.dtype)
+        return inputs.scale_input(x, inputs.InputScale(self.ia3_l.flatten()))
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         return {"ia3_l": self.ia3_l}

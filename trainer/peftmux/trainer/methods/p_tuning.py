@@ -6,7 +6,6 @@ The encoder is part of a checkpoint and no part of the adapter, whose file holds
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.parts import TokenGroup
+from peftmux.adapters.template import PromptTooShort, inserts
 from peftmux.trainer.data import Example
 from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import OptionError
@@ -74,23 +74,15 @@ class TemplateAdapter(PromptAdapter):
     def place(self, example: Example) -> Example:
         ids, labels = [], []
         done = 0
-        for index, new in _inserts(self.groups, example.prompt, self._first):
-            ids += [*example.input_ids[done:index], *new]
-            labels += [*example.labels[done:index], *[IGNORED] * len(new)]
+        try:
+            places = inserts(self.groups, example.prompt)
+        except PromptTooShort as error:
+            raise OptionError("template", str(error)) from None
+        for index, tokens in places:
+            ids += [*example.input_ids[done:index], *(self._first + token for token in tokens)]
+            labels += [*example.labels[done:index], *[IGNORED] * len(tokens)]
             done = index
         return replace(example, input_ids=[*ids, *example.input_ids[done:]], labels=[*labels, *example.labels[done:]])
-
-
-def _inserts(groups: Sequence[TokenGroup], prompt: int, first: int) -> list[tuple[int, list[int]]]:
-    """(place in the prompt, ids) in the order in which they stand; of those that meet, the ones with at >= 0 first."""
-    found = []
-    for group in groups:
-        index = group.at if group.at >= 0 else prompt + 1 + group.at
-        if not 0 <= index <= prompt:
-            raise OptionError("template", f"expected a prompt that reaches {group.at}, got one of {prompt} tokens")
-        found.append((index, group.at < 0, list(range(first, first + group.tokens))))
-        first += group.tokens
-    return [(index, ids) for index, _, ids in sorted(found, key=lambda insert: insert[:2])]
 
 
 class Encoder(nn.Module):
