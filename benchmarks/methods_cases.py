@@ -32,7 +32,10 @@ CLASSES = "earliest"
 """Where the earliest of the letters stands: the task of classifiers."""
 BESIDE = "sort"
 """What methods that learn several tasks, or fuse adapters of several, learn beside the one they are scored on."""
-NOT_HERE = {"vora": "takes images, and the demo's tasks have none"}
+NOT_HERE = {
+    "vora": "takes images, and the demo's tasks have none. What it trains in the base's layers, unscaled pairs of rank "
+    "64, is LoRA where there is only text: the row `vora's pairs`",
+}
 
 Kind = Literal["generation", "sequence"]
 
@@ -71,6 +74,7 @@ _SPECIAL: Mapping[str, Mapping[str, Any]] = {
 _VARIANTS = (
     Case("lora, classifier", "lora", kind="sequence"),
     Case("qlora", "lora", options={"quantization": "nf4"}, needs="bitsandbytes"),
+    Case("vora's pairs", "lora", {"r": 64, "lora_alpha": 64}),
     Case("houlsby, AdapterDrop", "houlsby", {"adapterdrop": 1, "drop_first": 1}),
     Case("prefix, projected", "prefix", {"prefix_projection": True}),
     Case("p-tuning, LSTM", "p-tuning", {"encoder_reparameterization_type": "LSTM"}),
