@@ -17,6 +17,7 @@ from peftmux.runtime.engine.api import AdapterState
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.errors import InvalidRequest
+from peftmux.runtime.residency import folders
 from peftmux.trainer.export import publish
 from tests.engine.harness import adapters, ask, request, running, until
 
@@ -188,3 +189,21 @@ async def test_nothing_to_watch_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match="adapter root"):
             async with running(watch_seconds=SOON, **settings):
                 pass
+
+
+async def test_the_checkpoints_of_a_training_run_are_no_adapters(tmp_path: Path) -> None:
+    """At any moment of their writing and removal; a library that saves whole adapters in its checkpoints is served."""
+    names = ["adapter_state.safetensors", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "run.json"]
+    checkpoint = tmp_path / "mine.checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    for name in names:
+        (checkpoint / name).write_bytes(b"x")
+        assert folders.scan(tmp_path) == {}, name
+    for name in names:
+        (checkpoint / name).unlink()
+        assert folders.scan(tmp_path) == {}, name
+    theirs = put(tmp_path, "lora", "mine.checkpoints/checkpoint-4")
+    (theirs / "optimizer.pt").write_bytes(b"x")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "model.bin").write_bytes(b"x")
+    assert set(folders.scan(tmp_path)) == {"bare", "mine.checkpoints/checkpoint-4"}

@@ -1,7 +1,8 @@
 """Run as a process of its own: runs that end by signals at steps drawn at random, each resumed until it is done.
 
 argv: a base's folder, a file of rows, a folder to write to, how many runs; the last line of stdout: a JSON list of
-{"signal", "status", "wrote" (whether the adapter was there), "left", "resumed", "status_again", "same"}.
+{"signal", "status", "wrote" (whether the adapter was there), "left", "after" (the next run), "resumed",
+"status_again", "same"}.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from safetensors.torch import load_file
 
 import peftmux.trainer.loop
 import peftmux.trainer.methods  # noqa: F401
+from peftmux.trainer.checkpoints import newest_checkpoint
 from peftmux.trainer.cli import main as train
-from peftmux.trainer.huggingface_trainer import newest_checkpoint
 
 TENSORS = "adapter_model.safetensors"
 
@@ -66,10 +67,11 @@ def main() -> None:
         wrote = out.exists()
         resumed = newest_checkpoint(here / "a.checkpoints") is not None
         again = 0 if wrote else finish(start([*common, "--out", str(out), *["--resume"] * resumed]))
+        after = sorted(path.name for path in here.iterdir())
         tensors = load_file(out / TENSORS)
         same = tensors.keys() == whole.keys() and all(bool((tensors[name] == t).all()) for name, t in whole.items())
         found.append(
-            {"signal": kind, "status": status, "wrote": wrote, "left": left, "resumed": resumed}
+            {"signal": kind, "status": status, "wrote": wrote, "left": left, "after": after, "resumed": resumed}
             | {"status_again": again, "same": same}
         )
     print(f"\n{json.dumps(found)}")

@@ -178,6 +178,7 @@ def test_bad_data_of_one_job_is_named_before_any_step(qwen2: Path, few: Path, tm
 def test_a_sweep_keeps_the_best(taught: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     held_out = write_rows(tmp_path / "eval.jsonl", copy_task(32, seed=1))
     words = ["lora", "--model", str(taught), "--data", str(rows), "--eval-data", str(held_out), "--max-steps", "30"]
+    (tmp_path / "p").mkdir()
     words += ["--out", str(tmp_path / "a"), "--sweep", "learning_rate=1e-9,2e-3,1e-8", "--publish", str(tmp_path / "p")]
     assert main(words) == 0
     shown = capsys.readouterr().out
@@ -204,6 +205,7 @@ def test_an_ensemble_is_its_members_solo_runs(qwen2: Path, few: Path, tmp_path: 
     words = ["prompt", "--model", str(qwen2), "--data", str(few), "--max-steps", "4", "--num-virtual-tokens", "3"]
     words += ["--prompt-init", "vocabulary", "--disable-tqdm", "true"]
     published = tmp_path / "p"
+    published.mkdir()
     assert (
         main([*words, "--ensemble", "3", "--seed", "7", "--out", str(tmp_path / "a"), "--publish", str(published)]) == 0
     )

@@ -228,4 +228,5 @@ def test_runs_that_are_killed_at_any_time(qwen2: Path, rows: Path, tmp_path: Pat
         assert not hidden or run["signal"] == signal.SIGKILL, run
         assert run["status_again"] == 0, run
         assert run["same"], run
+        assert run["wrote"] or set(run["after"]) == {"a", "a.checkpoints"}, run
     assert sum(run["resumed"] and not run["wrote"] for run in runs) >= 3, "too few were cut off in the middle"

@@ -20,6 +20,8 @@ from peftmux.adapters.tensorfile import TensorIndex, TensorInfo, count_container
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
+CHECKPOINT_FILE = "adapter_state.safetensors"
+"""What a training run keeps of an adapter in its checkpoints: no adapter yet."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_CONFIG_DEPTH = 16
 MAX_CONFIG_CONTAINERS = 16_384

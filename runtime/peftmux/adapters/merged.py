@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
+from peftmux.adapters.aside import folder_aside
 from peftmux.adapters.checkpoint import load_checkpoint
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.lower import load_adapter
@@ -40,16 +39,12 @@ def merge_checkpoint(source: str | Path, model: str, out: str | Path, dtype: str
 
 
 def _save(module: Any, model: str, out: Path, card: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.parent / f".{out.name}.{secrets.token_hex(6)}.partial"
-    try:
+    with folder_aside(out) as aside:
         module.save_pretrained(aside)
         with suppress(OSError, ValueError):  # a base without a tokenizer is served by token ids
             AutoTokenizer.from_pretrained(model).save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
         os.rename(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _card(model: str, adapter: LoweredAdapter) -> str:

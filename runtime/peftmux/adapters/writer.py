@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from peftmux.adapters.aside import folder_aside
 from peftmux.adapters.digest import adapter_digest
 from peftmux.adapters.files import CONFIG_FILE, TENSOR_FILE
 from peftmux.adapters.hub import CONFIGS, TENSORS
@@ -47,18 +46,13 @@ _OLD = (*CONFIGS, INTERFACE, *TENSORS, TENSOR_FILE)
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """Write a folder's files, by name or by `sub-folder/name`, configs last; the folder as in `write_adapter`."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.{secrets.token_hex(6)}.partial"
-    aside.mkdir()
-    try:
+    with folder_aside(folder) as aside:
         for name, data in files.items():
             (aside / name).parent.mkdir(exist_ok=True)
             _write_durably(aside / name, data)
         for written in {(aside / name).parent for name in files}:
             _sync_folder(written)
         _publish(aside, folder, sorted(files, key=lambda name: name.rpartition("/")[2] in CONFIGS))
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _publish(aside: Path, folder: Path, names: list[str]) -> None:

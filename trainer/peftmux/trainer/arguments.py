@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from peftmux.trainer.argument_checks import check_arguments, check_given
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.options import RunOptions
 
@@ -37,19 +38,23 @@ def checked_learning_rate(value: object) -> float:
     return rate
 
 
-def training_arguments(options: RunOptions, given: Mapping[str, Any], learning_rate: float) -> TrainingArguments:
-    """`learning_rate` is the method's default. Raises OptionError for an unknown name or a refused value."""
+def training_arguments(options: RunOptions, given: Mapping[str, Any]) -> TrainingArguments:
+    """Without the method's learning rate, which is the base's to decide. Raises OptionError for an unknown name or a
+    refused value."""
     check_launcher(os.environ)
-    values = {**_defaults(options, given), "learning_rate": learning_rate, **given, "remove_unused_columns": False}
-    values["learning_rate"] = checked_learning_rate(values["learning_rate"])
+    check_given(options, given)
+    values = {**_defaults(options, given), **given, "remove_unused_columns": False}
+    if "learning_rate" in given:
+        values["learning_rate"] = checked_learning_rate(given["learning_rate"])
     if "warmup_ratio" in values:
         values["warmup_steps"] = _warmup_share(values.pop("warmup_ratio"))
     values.setdefault("output_dir", _output_dir(options, values))
     try:
         args = TrainingArguments(**values)
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, OSError) as error:
         raise OptionError("training arguments", str(error)) from error
     _check_reports(args.report_to if isinstance(args.report_to, list) else [])  # a list once it is checked
+    check_arguments(args)
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process takes one GPU; torchrun or accelerate launch takes them all
     return args
@@ -103,6 +108,8 @@ def _defaults(options: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:
         "use_cpu": not torch.accelerator.is_available(),  # mixed precision on a CPU has to be asked for
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    if str(getattr(given.get("save_strategy"), "value", given.get("save_strategy"))) == "best":
+        values["metric_for_best_model"] = "eval_loss"
     if options.early_stopping_patience is not None:  # the best is kept as a checkpoint, so each evaluation saves one
         values |= {
             "save_strategy": evaluates,

@@ -13,6 +13,7 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.yaml_file import read_yaml
 
 ENVIRONMENT = "PEFTMUX_"
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 _NO_FLAGS = ("config", "debug")
 """The first is read before the flags; PEFTMUX_DEBUG asks the command for its traces."""
 
@@ -31,8 +32,15 @@ def file_arguments(parser: argparse.ArgumentParser, argv: Sequence[str], environ
     for name, text in environment.items():
         dest = name.removeprefix(ENVIRONMENT).lower()
         if name.startswith(ENVIRONMENT) and dest in actions and dest not in _NO_FLAGS:
-            arguments += _flag(actions[dest], yaml.safe_load(text) if actions[dest].nargs == "+" else text)
+            arguments += _flag(actions[dest], _listed(name, text) if actions[dest].nargs == "+" else text)
     return arguments
+
+
+def _listed(name: str, text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise OptionError(name, f"expected YAML, as [a, b]: {getattr(error, 'problem', None) or error}") from None
 
 
 def flags(parser: argparse.ArgumentParser, options: Mapping[Any, object], where: str) -> list[str]:
@@ -64,16 +72,23 @@ def _read(path: str) -> Mapping[object, object]:
     return options
 
 
+def _switched(name: str, value: object) -> bool:
+    word = str(value).lower()
+    if word not in (*_ON, *_OFF):
+        raise OptionError(name, f"expected true or false, got {value!r}")
+    return word in _ON
+
+
 def _flag(action: argparse.Action, value: object) -> list[str]:
     """One option as command-line words. null leaves the default."""
     name = max(action.option_strings, key=lambda flag: "-" in flag.strip("-"))
     if value is None:
         return []
     if isinstance(action, argparse.BooleanOptionalAction):
-        on = value if isinstance(value, bool) else str(value).lower() in ("1", "true", "yes", "on")
+        on = _switched(name.lstrip("-"), value)
         return [action.option_strings[0] if on else action.option_strings[0].replace("--", "--no-", 1)]
     if isinstance(value, dict):
         return [name, json.dumps(value)]
     if isinstance(value, list):
         return [name, *map(str, value)]
-    return [name, str(value)]
+    return [f"{name}={value}"]  # a text may begin with a dash

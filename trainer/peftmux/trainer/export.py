@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from peftmux.adapters.aside import folder_aside
 from peftmux.adapters.files import read_adapter
 from peftmux.adapters.writer import write_adapter, write_files
 from peftmux.trainer.methods import AttachedAdapter
@@ -63,13 +63,9 @@ def publish(folder: str | Path, directory: str | Path, name: str = "") -> Path:
     An older adapter of that name is replaced. The copy is made beside it, under a name that begins with a dot.
     """
     source, target = Path(folder), Path(directory) / (name or Path(folder).name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        shutil.copytree(source, hidden / "new")
+    with folder_aside(target) as aside:
+        shutil.copytree(source, aside / "new")
         if target.exists():
-            os.rename(target, hidden / "old")
-        os.rename(hidden / "new", target)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+            os.rename(target, aside / "old")
+        os.rename(aside / "new", target)
     return target

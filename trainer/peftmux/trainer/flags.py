@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -40,6 +40,9 @@ def _argument(hint: Any) -> dict[str, Any]:
         convert = get_args(lists[0])[0]
         return {"nargs": "+", "type": convert, "action": _ListOrPattern if str in options else "store"}
     kind = options[0]
+    words = [word for t in options if get_origin(t) is Literal for word in get_args(t)]
+    if words and len(options) > 1:
+        return {"type": _or_word(kind, words)}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -47,6 +50,17 @@ def _argument(hint: Any) -> dict[str, Any]:
     if get_origin(kind) is dict:
         return {"type": _json_object(*get_args(kind)), "metavar": "JSON"}
     return {"type": kind}
+
+
+def _or_word(kind: type, words: Sequence[str]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return text if text in words else kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else kind.__name__
+            raise argparse.ArgumentTypeError(f"expected {wanted} or {' or '.join(words)}, got {text!r}") from None
+
+    return parse
 
 
 def _is_union(hint: Any) -> bool:

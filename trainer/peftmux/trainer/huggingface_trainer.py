@@ -15,14 +15,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from peftmux.trainer.errors import OptionError
+from peftmux.trainer.checkpoints import CHECKPOINT_RUN, CHECKPOINT_TENSORS, check_same_run
 from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
-
-CHECKPOINT_TENSORS = "adapter_state.safetensors"
-CHECKPOINT_RUN = "run.json"
-CHECKPOINT_LAST = "trainer_state.json"
-"""transformers writes it last: a checkpoint without it, or with half of it, was cut off."""
 
 
 class AdapterTrainer(Trainer):
@@ -108,12 +103,7 @@ class AdapterTrainer(Trainer):
         (folder / CHECKPOINT_RUN).write_text(json.dumps(self.run))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = json.loads((Path(resume_from_checkpoint) / CHECKPOINT_RUN).read_text())
-        for name, value in json.loads(json.dumps(self.run)).items():
-            if stored.get(name) != value:
-                raise OptionError(
-                    "resume", f"the checkpoint was written with {name} {stored.get(name)!r}, got {value!r}"
-                )
+        check_same_run(Path(resume_from_checkpoint), self.run)
         self._restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -162,17 +152,3 @@ class PlainLog(TrainerCallback):
             values = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in logs.items())
             tqdm.write(f"{self._prefix}step {state.global_step}/{state.max_steps} {values}", file=sys.stderr)
             sys.stderr.flush()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps that was written to its end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_LAST}") if _is_json(path)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except ValueError:
-        return False
-    return True

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
-from peftmux.trainer.arguments import checked_learning_rate, reported_arguments, training_arguments
+from peftmux.trainer.arguments import reported_arguments, training_arguments
 from peftmux.trainer.base_model import load_base, longest_row
 from peftmux.trainer.card import CardFacts, DataFacts, model_card
+from peftmux.trainer.checkpoints import check_same_run, resume_point
 from peftmux.trainer.data import (
     Row,
     encode_labelled,
@@ -25,14 +26,16 @@ from peftmux.trainer.data import (
     label_names,
     read_rows,
 )
+from peftmux.trainer.data.lengths import Lengths
 from peftmux.trainer.errors import DataError, OptionError, TrainerError
 from peftmux.trainer.estimate import estimate_run
 from peftmux.trainer.export import export_adapter, publish
 from peftmux.trainer.heads import HeadedAdapter, TaskHead
 from peftmux.trainer.host import Host
-from peftmux.trainer.huggingface_trainer import AdapterTrainer, newest_checkpoint
+from peftmux.trainer.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.options import NEXT_TOKEN, RunOptions
+from peftmux.trainer.places import check_out, check_output_dir
 from peftmux.trainer.prepared import Prepared, make_trainer
 from peftmux.trainer.summary import trainable_summary
 
@@ -95,19 +98,28 @@ def prepare(
 ) -> Prepared:
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
     check_out(options)
-    checked_learning_rate(training.get("learning_rate", 0.0))
+    args = training_arguments(options, training)
+    if not options.dry_run:
+        check_output_dir(args)
+    _check_resume(method, options, config, args)
     task = options.task if options.loss == NEXT_TOKEN else options.loss
     rows = read_rows(options.data, task)
     eval_rows = read_rows(options.eval_data, task) if options.eval_data else None
     labels = label_names(rows, options.labels) if options.task != "generation" else ()
     model, tokenizer = base()
     rate = method.default_rate(config, model.config.get_text_config().hidden_size)
-    args = training_arguments(options, training, rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE)
+    if "learning_rate" not in training:
+        args.learning_rate = rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE
     base_parameters = model.num_parameters()
     reserved = _reserved(config, options.task, [*rows, *(eval_rows or ())])
-    limit = min(options.max_length or sys.maxsize, longest_row(model, reserved))
+    limit = longest_row(model, reserved)
     if limit < 2:
         raise OptionError("num-virtual-tokens", f"expected room for a row in the model's context, found {limit} tokens")
+    if options.max_length == "auto":
+        whole = _encode(options.data, rows, tokenizer, options, sys.maxsize, labels)
+        limit = min(limit, _proposed(whole, options, args))
+    elif options.max_length:
+        limit = min(limit, options.max_length)
     data = _encode(options.data, rows, tokenizer, options, limit, labels)
     eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit, labels) if options.eval_data else None
 
@@ -162,12 +174,12 @@ def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
     return digest
 
 
-def check_out(options: RunOptions) -> None:
-    out = Path(options.out)
-    if out.is_file():
-        raise OptionError("out", f"expected a folder or nothing at {out}, found a file")
-    if out.is_dir() and any(out.iterdir()) and not (options.overwrite or options.dry_run):
-        raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
+def _check_resume(method: Method, options: RunOptions, config: Any, args: TrainingArguments) -> None:
+    """Before anything is loaded; the Trainer compares the rest."""
+    checkpoint = resume_point(options, args)
+    if checkpoint is not None and Path(options.data).is_file():
+        run = {"options": dataclasses.asdict(config), "data": file_digest(options.data), "seed": args.seed}
+        check_same_run(checkpoint, {"method": method.name, **run})
 
 
 def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: int, labels: Sequence[str]) -> DataFacts:
@@ -179,6 +191,14 @@ def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: in
             rows, tokenizer, path, max_length=limit, over_long=options.over_long, append_eos=options.append_eos
         )
     return DataFacts(Path(path).name, file_digest(path), encoded)
+
+
+def _proposed(data: DataFacts, options: RunOptions, args: TrainingArguments) -> int:
+    """The length that the data propose, where rows may be cut off or left out; it is said in any case."""
+    lengths = Lengths.of([len(feature["input_ids"]) for feature in data.encoded.features()])
+    if args.process_index == 0:
+        print(lengths.text(), file=sys.stderr)
+    return sys.maxsize if options.over_long == "error" else lengths.proposed
 
 
 def _reserved(config: Any, task: str, rows: Sequence[Row]) -> int:
@@ -213,15 +233,11 @@ def _remove_checkpoints(folder: Path) -> None:
 
 
 def train_and_evaluate(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:
-    """From the start, or from the newest checkpoint where `options` say so. Returns the Trainer's metrics."""
-    checkpoint = None
-    if options.resume:
-        folder = Path(trainer.args.output_dir or ".")
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is None:
-            message = f"found no complete checkpoint in {folder}; --save-strategy steps writes them"
-            raise OptionError("resume", message)
+    """From the start, or from a checkpoint. Returns the Trainer's metrics."""
+    checkpoint = resume_point(options, trainer.args)
     metrics: dict[str, float] = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if not trainer.state.global_step:
+        raise TrainerError("no step was made: nothing written; the data give no whole batch")
     trainer.adapter.training_ended()
     if options.eval_data:
         metrics.update(trainer.evaluate())

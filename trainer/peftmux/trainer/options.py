@@ -36,7 +36,13 @@ class RunOptions:
     labels: list[str] | None = field(
         default=None, metadata={"help": "a classifier's label names by index; default: those of the data, sorted"}
     )
-    max_length: int | None = field(default=None, metadata={"help": "tokens per row; default: what the base can take"})
+    max_length: int | Literal["auto"] | None = field(
+        default=None,
+        metadata={
+            "help": "tokens per row; default: what the base can take. auto: what 99 % of the rows fit, for --over-long "
+            "truncate or drop; the lengths are printed"
+        },
+    )
     over_long: Literal["error", "truncate", "drop"] = field(
         default="error", metadata={"help": "what to do with a longer row"}
     )
@@ -87,9 +93,12 @@ class RunOptions:
     dry_run: bool = field(default=False, metadata={"help": "only print what would be trained"})
 
     def __post_init__(self) -> None:
+        for name in ("model", "data", "out", "eval_data", "publish"):
+            if getattr(self, name) == "":
+                raise OptionError(name.replace("_", "-"), "expected a name, got an empty one")
         for name in ("max_length", "pack_length", "early_stopping_patience", "ensemble"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise OptionError(name.replace("_", "-"), f"expected 1 or more, got {value}")
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             if not 0 < getattr(self, name) < math.inf:
@@ -100,6 +109,8 @@ class RunOptions:
             raise OptionError("packing", f"{self.loss} scores whole rows: train without packing")
         if self.ensemble is not None and (self.sweep is not None or self.dry_run):
             raise OptionError("ensemble", "trains, and one value of every option: not with --sweep or --dry-run")
+        if self.resume and (self.ensemble is not None or self.sweep is not None):
+            raise OptionError("resume", "goes on with one run: not with --sweep or --ensemble")
         if self.labels is not None and self.task == "generation":
             raise OptionError("labels", "are a classifier's: give --task sequence or --task token")
         if self.loss != NEXT_TOKEN and self.task != "generation":
@@ -114,4 +125,7 @@ def build_config(config_class: type[Config], values: Mapping[str, Any]) -> Confi
     for name in values:
         if name not in known:
             raise OptionError(name.replace("_", "-"), f"no such option; expected one of {', '.join(known)}")
+        numbers = values[name].values() if isinstance(values[name], dict) else [values[name]]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise OptionError(name.replace("_", "-"), f"expected a finite number, got {values[name]}")
     return config_class(**values)

@@ -65,17 +65,20 @@ def make_trainer(
     preference = _preference(ready.options)
     train = run_features(ready, data) if features is None else features
     evaluate = run_features(ready, ready.eval_data) if own and ready.eval_data else None
-    trainer = AdapterTrainer(
-        ready.adapter,
-        {"method": ready.method.name, **ready.loss_options(), **run},
-        preference,
-        model=ready.model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluate,
-        data_collator=_collator(ready),
-        callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
-    )
+    try:
+        trainer = AdapterTrainer(
+            ready.adapter,
+            {"method": ready.method.name, **ready.loss_options(), **run},
+            preference,
+            model=ready.model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluate,
+            data_collator=_collator(ready),
+            callbacks=[*callbacks, *([EarlyStoppingCallback(patience)] if patience else [])],
+        )
+    except (ValueError, ImportError) as error:  # transformers' answer to arguments that do not go together
+        raise OptionError("training arguments", str(error)) from error
     if preference is not None and own:
         for rows in filter(None, (train, evaluate)):
             preference.add_references(trainer, rows)

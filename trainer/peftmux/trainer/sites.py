@@ -14,6 +14,7 @@ from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer.errors import OptionError
 
 ALL_LINEAR = "all-linear"
+_NOT_NARROWED = {"layers_to_transform": None, "layers_pattern": None}
 
 
 def select_sites(model: Any, fields: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -23,13 +24,28 @@ def select_sites(model: Any, fields: Mapping[str, Any]) -> dict[str, nn.Module]:
     """
     base = TorchBase(model)
     targets = fields["target_modules"]
+    layers = fields.get("layers_to_transform")
+    if targets == ALL_LINEAR and layers is not None:  # what is narrowed has to be a list
+        every = target_sites({**fields, **_NOT_NARROWED}, (), base, PatternMatcher())
+        targets = sorted({name.rpartition(".")[2] for name in every})
+        fields = {**fields, "target_modules": targets}
     if not isinstance(targets, str):
         _check_names(targets, base)
+    if not isinstance(targets, str):
+        for layer in [layers] if isinstance(layers, int) else layers or ():
+            _check_layer(layer, fields, base)
     try:
         names = target_sites(fields, (), base, PatternMatcher())
     except AdapterInvalid as error:
         raise OptionError("target-modules", str(error)) from None
     return {name: model.get_submodule(name) for name in names}
+
+
+def _check_layer(layer: int, fields: Mapping[str, Any], base: TorchBase) -> None:
+    try:
+        target_sites({**fields, "layers_to_transform": [layer]}, (), base, PatternMatcher())
+    except AdapterInvalid:
+        raise OptionError("layers-to-transform", f"no layer {layer} has such linear layers; the first is 0") from None
 
 
 def spelled_out(model: Any, sites: Sequence[str]) -> list[str]:

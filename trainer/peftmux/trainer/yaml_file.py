@@ -30,6 +30,8 @@ def read_yaml(path: str | Path, option: str) -> tuple[object, yaml.Node | None]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise OptionError(option, f"{where}: expected YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, no day of a month, too deep a nesting
+        raise OptionError(option, f"{path}: expected YAML: {error}") from None
 
 
 def line_of(node: yaml.Node) -> int:

@@ -6,18 +6,23 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from peftmux.adapters.files import CONFIG_FILE
+from peftmux.adapters.files import CHECKPOINT_FILE, CONFIG_FILE
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """(name, inode, bytes, modification time in ns) of every entry, by name: equal where nothing was written or renamed."""
 _TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt")
+_OF_A_RUN = frozenset(
+    [CHECKPOINT_FILE, "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin"]
+)
+"""What a training run keeps in its checkpoints, which may stand beside adapters."""
 
 
 def scan(root: str | Path) -> Mapping[str, Signature]:
     """Every adapter folder by its path under the root, at most two deep, as adapters' names are.
 
-    A folder is one if it holds a config or tensors. Names that begin with a dot are being written, or are a volume's
-    own. What vanishes while it is looked at is left out. OSError where the root itself cannot be read.
+    A folder is one if it holds a config, or tensors that are no training run's own. Names that begin with a dot are
+    being written, or are a volume's own. What vanishes while it is looked at is left out. OSError where the root itself
+    cannot be read.
     """
     found: dict[str, Signature] = {}
     for entry in _folders(root):
@@ -50,4 +55,5 @@ def _signature(folder: str) -> Signature:
 
 
 def _holds_adapter(signature: Signature) -> bool:
-    return any(name == CONFIG_FILE or name.endswith(_TENSOR_SUFFIXES) for name, *_ in signature)
+    names = [name for name, *_ in signature if name not in _OF_A_RUN]
+    return any(name == CONFIG_FILE or name.endswith(_TENSOR_SUFFIXES) for name in names)

@@ -21,7 +21,8 @@ from peftmux.trainer.errors import TrainerError
 from peftmux.trainer.export import publish
 from peftmux.trainer.jobs.file import JobSpec, job_spec
 from peftmux.trainer.jobs.run import JobRun
-from peftmux.trainer.loop import TrainResult, check_out
+from peftmux.trainer.loop import TrainResult
+from peftmux.trainer.places import check_out
 
 _SEED = 42
 """transformers' own default."""

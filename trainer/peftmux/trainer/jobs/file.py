@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from peftmux.trainer.checkpoints import newest_checkpoint
 from peftmux.trainer.config_file import flags
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.huggingface_trainer import newest_checkpoint
 from peftmux.trainer.methods import Method, get_method
 from peftmux.trainer.options import RunOptions, build_config
 from peftmux.trainer.yaml_file import line_of, read_yaml

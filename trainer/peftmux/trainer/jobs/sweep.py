@@ -15,6 +15,7 @@ from peftmux.trainer.export import publish
 from peftmux.trainer.jobs.file import JobSpec, job_spec
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.loop import TrainResult
+from peftmux.trainer.places import check_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,7 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
     """
     option, values = _parse(spec)
     out = Path(spec.options.out)
-    if out.is_dir() and any(out.iterdir()) and not spec.options.overwrite:
-        raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
+    check_out(spec.options)
     work = out.parent / f".{out.name}.sweep"
     shutil.rmtree(work, ignore_errors=True)
     plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}

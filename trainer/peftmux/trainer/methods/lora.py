@@ -44,6 +44,11 @@ class LoraConfig:
                 raise OptionError(
                     "r" if pattern == "r" else f"rank-pattern {pattern}", f"expected 1 or more, got {rank}"
                 )
+        for pattern, alpha in {"": self.lora_alpha, **self.alpha_pattern}.items():
+            if not alpha > 0:
+                raise OptionError(
+                    f"alpha-pattern {pattern}" if pattern else "lora-alpha", f"expected more than 0, got {alpha}"
+                )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise OptionError("lora-dropout", f"expected 0 or more and below 1, got {self.lora_dropout}")
 

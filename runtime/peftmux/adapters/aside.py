@@ -1,0 +1,99 @@
+"""Folders that are written beside the place they are meant for, under names that begin with a dot.
+
+A process holds a lock on each of its own, which ends with it: a folder that can be locked was left by one that was
+killed. Where folders cannot be locked (some network file systems) what a killed process left stays.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_TRIES = 10
+
+
+@contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """A new folder in `target`'s, of this process alone, which is renamed by the caller or gone at the end.
+
+    What killed processes left beside the same target is removed first. `target`'s folder is made where it is not there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    path, lock = _make(target)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_leftovers(target: Path) -> list[Path]:
+    """Remove what killed processes left beside `target`, and nothing that a live one is writing. Returns what went.
+
+    One that was replacing `target` by a rename, and had only moved the old one away, gets that put back.
+    """
+    removed = []
+    for path in _candidates(target):
+        lock = _locked(path)
+        if lock is None:
+            continue
+        try:
+            if (path / "old").is_dir() and not target.exists():
+                with suppress(OSError):
+                    os.rename(path / "old", target)
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+        finally:
+            os.close(lock)
+    return removed
+
+
+def _candidates(target: Path) -> list[Path]:
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.partial")
+    try:
+        return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    except OSError:
+        return []
+
+
+def _make(target: Path) -> tuple[Path, int]:
+    """Whoever finds it between its making and its locking takes it for a leftover: then the next name is tried."""
+    for _ in range(_TRIES):
+        path = target.parent / f".{target.name}.{secrets.token_hex(6)}.partial"
+        path.mkdir()
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        except OSError:  # no locks here: nobody can take it for a leftover
+            return path, lock
+        if os.fstat(lock).st_nlink and path.exists():
+            return path, lock
+        os.close(lock)
+    raise OSError(f"no folder could be made beside {target}")
+
+
+def _locked(path: Path) -> int | None:
+    """A lock on a folder that nobody holds; None where somebody does, or it cannot be told."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock

@@ -1,0 +1,78 @@
+"""The checkpoints of a run: which one it goes on from, and whether that one can be gone on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from peftmux.adapters.files import CHECKPOINT_FILE
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.options import RunOptions
+
+CHECKPOINT_TENSORS = CHECKPOINT_FILE
+CHECKPOINT_RUN = "run.json"
+CHECKPOINT_LAST = "trainer_state.json"
+"""transformers writes it last: a checkpoint without it, or with half of it, was cut off."""
+_LOOP = ("optimizer.pt", "scheduler.pt")
+"""What --save-only-model leaves out, beside the states of the random numbers."""
+
+
+def resume_point(options: RunOptions, args: TrainingArguments) -> Path | None:
+    """The checkpoint that the run is to go on from: that of --resume-from-checkpoint, or the newest for --resume.
+
+    Raises OptionError where there is none, or where it holds too little to go on as if the run had not ended.
+    """
+    if args.resume_from_checkpoint:
+        option, folder = "resume-from-checkpoint", Path(args.resume_from_checkpoint)
+        if options.resume:
+            raise OptionError("resume", "takes the newest checkpoint: not with --resume-from-checkpoint")
+        if not folder.is_dir():
+            message = f"expected a checkpoint's folder, found nothing at {folder} (--resume takes this --out's newest)"
+            raise OptionError(option, message)
+    elif options.resume:
+        parent = Path(args.output_dir or ".")
+        newest = newest_checkpoint(parent)
+        if newest is None:
+            message = f"found no complete checkpoint in {parent}; --save-strategy steps writes them"
+            raise OptionError("resume", message)
+        option, folder = "resume", newest
+    else:
+        return None
+    sharded = bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None))  # these have files of their own
+    wanted = [CHECKPOINT_TENSORS, CHECKPOINT_RUN, CHECKPOINT_LAST, *(() if sharded else _LOOP)]
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if not list(folder.glob("rng_state*.pth")):
+        missing.append("rng_state.pth")
+    if missing:
+        why = " (one of --save-only-model cannot be gone on from)" if _LOOP[0] in missing and len(missing) < 4 else ""
+        raise OptionError(option, f"{folder} lacks {', '.join(missing)}{why}")
+    return folder
+
+
+def check_same_run(checkpoint: Path, run: Mapping[str, object]) -> None:
+    """`run`: what the run that goes on must share with the one that wrote the checkpoint. Raises OptionError."""
+    try:
+        stored = json.loads((checkpoint / CHECKPOINT_RUN).read_text())
+    except ValueError:
+        raise OptionError("resume", f"{checkpoint / CHECKPOINT_RUN} is broken") from None
+    for name, value in json.loads(json.dumps(run)).items():
+        if stored.get(name) != value:
+            raise OptionError("resume", f"the checkpoint was written with {name} {stored.get(name)!r}, got {value!r}")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_LAST}") if _is_json(path)]
+    numbered = [path for path in complete if path.name.rpartition("-")[2].isdecimal()]
+    return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True

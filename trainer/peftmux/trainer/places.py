@@ -1,0 +1,57 @@
+"""Where a run will write, tried before it begins."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from peftmux.adapters.aside import remove_leftovers
+from peftmux.trainer.errors import OptionError
+from peftmux.trainer.options import RunOptions
+
+
+def check_out(options: RunOptions) -> None:
+    """Raises OptionError where the adapter cannot be put. What a killed run left beside `out` is removed."""
+    out = Path(options.out)
+    try:
+        if out.is_file():
+            raise OptionError("out", f"expected a folder or nothing at {out}, found a file")
+        if out.is_dir() and any(out.iterdir()) and not (options.overwrite or options.dry_run):
+            raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
+    except OSError as error:
+        raise OptionError("out", f"{out}: {error.strerror or error}") from None
+    if options.dry_run:
+        return
+    _check_writable("out", out if out.is_dir() else out.parent)
+    remove_leftovers(out)
+    if options.publish:
+        _check_published(Path(options.publish), out.name)
+
+
+def check_output_dir(args: TrainingArguments) -> None:
+    """The folder of the checkpoints and logs, where there will be any. Raises OptionError."""
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" or args.report_to:
+        _check_writable("output-dir", Path(args.output_dir or "."))
+
+
+def _check_published(directory: Path, name: str) -> None:
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing"
+        raise OptionError("publish", f"expected a folder that a server watches, found {found} at {directory}")
+    if (directory / name).is_file():
+        raise OptionError("publish", f"expected a folder or nothing at {directory / name}, found a file")
+    _check_writable("publish", directory)
+
+
+def _check_writable(option: str, folder: Path) -> None:
+    """Tried where it is there, else where it will be made: permissions alone do not tell."""
+    try:
+        place = folder.absolute()
+        while not place.exists():
+            place = place.parent
+        os.rmdir(tempfile.mkdtemp(prefix=".peftmux.", dir=place))
+    except OSError as error:
+        raise OptionError(option, f"{folder} cannot be written to: {error.strerror or error}") from None
