@@ -13,14 +13,15 @@ from peftmux.runtime.model.step import StepState
 
 
 class BranchForward:
-    """Stands for the `forward` of an attention or feed-forward module that adds to the residual stream.
+    """Stands, while an adapter is here, for the `forward` of a module that adds to the residual stream.
 
-    The stream is what the block's norm reads; it is kept only while an adapter is here.
+    The stream is what the block's norm reads: its forward is watched as long.
     """
 
     def __init__(
         self, module: nn.Module, norm: nn.Module, step: StepState, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self._module = module
         self._base: Callable[..., Any] = module.forward
         self._norm_forward: Callable[..., Any] = norm.forward
         self._norm = norm
@@ -30,6 +31,7 @@ class BranchForward:
 
     def _watch(self, occupied: bool) -> None:
         """Called between steps."""
+        self._module.forward = self if occupied else self._base
         self._norm.forward = self._seen if occupied else self._norm_forward
 
     def _seen(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -38,9 +40,8 @@ class BranchForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._base(*args, **kwargs)
-        if not self.site.empty:
-            assert self._stream is not None, "the branch ran before its norm"
-            y = out[0] if isinstance(out, tuple) else out
-            h, self._stream = self._stream, None
-            self.site.apply(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self._step.inputs.segments)
+        assert self._stream is not None, "the branch ran before its norm"
+        y = out[0] if isinstance(out, tuple) else out
+        h, self._stream = self._stream, None
+        self.site.apply(y.view(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), self._step.inputs.segments)
         return out

@@ -9,10 +9,10 @@ from torch.nn.functional import linear, silu
 from peftmux.kernels.agreement import agree, example, widened
 from peftmux.kernels.elementwise import ElementwisePath, rms_norm
 from peftmux.runtime.model.mixtures import Mixtures
-from peftmux.runtime.model.sites import SiteGroup, SiteLinear
+from peftmux.runtime.model.sites import SiteGroup, SiteLinear, SwappedLayer
 
 
-class FastRMSNorm(nn.Module):
+class FastRMSNorm(SwappedLayer):
     """`kernels.elementwise.rms_norm` with the weight of the norm it replaces."""
 
     def __init__(self, norm: nn.Module, path: ElementwisePath) -> None:

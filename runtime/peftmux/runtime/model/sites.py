@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -164,6 +164,14 @@ class SiteGroup:
         return part
 
 
+class SwappedLayer(nn.Module):
+    """A layer of ours in the place of one of the base's: a call is its forward's and no more, so it takes no hooks."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.forward(x)
+        return out
+
+
 class SiteEmbedding(nn.Module):
     """Stands where the input embedding stood, and keeps its own forward (some scale what they look up)."""
 
@@ -193,7 +201,7 @@ class SiteEmbedding(nn.Module):
         return weight
 
 
-class SiteNorm(nn.Module):
+class SiteNorm(SwappedLayer):
     """Stands where a normalisation layer stood."""
 
     def __init__(self, base: nn.Module, step: StepState, token_dim: int) -> None:
@@ -201,9 +209,10 @@ class SiteNorm(nn.Module):
         self.base = base
         self.site = norm_site(base, token_dim)
         self._step = step
+        self._norm: Callable[[Tensor], Tensor] = base.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
+        y = self._norm(x)
         if not self.site.empty:
             self.site.apply(y, x, self._step.inputs.segments)
         return y
@@ -214,7 +223,7 @@ class SiteNorm(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
 
-class SiteLinear(nn.Module):
+class SiteLinear(SwappedLayer):
     """Stands where one linear layer of the base stood."""
 
     def __init__(self, group: SiteGroup) -> None:
@@ -252,7 +261,7 @@ class _SharedInput:
         return out
 
 
-class SiblingLinear(nn.Module):
+class SiblingLinear(SwappedLayer):
     """Stands where one of several linear layers with the same input stood."""
 
     def __init__(self, shared: _SharedInput, index: int) -> None:

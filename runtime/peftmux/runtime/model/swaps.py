@@ -105,7 +105,6 @@ class Swapper:
             module = self._model.get_submodule(name)
             norm = self._model.get_submodule(branch.norm)
             forward = BranchForward(module, norm, self._step, self._model.dtype, self._model.device)
-            module.forward = forward
             self.places[Bottleneck, name] = self.places[Fusion, name] = forward.site
 
     def watch_stream(self, layers: Sequence[str]) -> None:
