@@ -244,6 +244,12 @@ def test_options_that_fit_nothing_are_refused(config: dict[str, Any], message: s
         attach("lora", build_model("llama"), config)
 
 
+@pytest.mark.parametrize("alpha", [0, -8, float("inf"), float("nan")])
+def test_adalora_trains_with_no_scale_that_a_reader_takes_from_the_pruned_rank(alpha: float):
+    with pytest.raises(OptionError, match="lora-alpha: expected more than 0, got"):
+        attach("adalora", build_model("llama"), {"lora_alpha": alpha})
+
+
 def test_expert_weights_left_out_are_said():
     (note,) = attach("lora", build_model("mixtral")).notes
     assert note.startswith("4 stacked expert weights, e.g. model.layers.0.mlp.experts.")

@@ -7,7 +7,6 @@ trained from random values, prefixes learn far worse.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,15 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
 from peftmux.adapters.base import KVShape
-from peftmux.adapters.errors import AdapterError, AdapterInvalid
-from peftmux.adapters.files import read_adapter
+from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.methods.prefix import TENSOR, provisioned_shape, split_prefix
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from peftmux.trainer.methods.prefix_start import initial_prefix
 
 _WIDEST = 512
 """The paper's width of the perceptron, for bases of 1024 and more."""
@@ -38,7 +36,6 @@ class PrefixConfig:
         default="text",
         metadata={"help": "start from the keys and values of the training data's first tokens, or random"},
     )
-
     prefix_init_text: str | None = field(default=None, metadata={"help": "start from this text instead of the data"})
     prefix_init_from: str | None = field(
         default=None,
@@ -209,12 +206,7 @@ def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> Attache
         provisioned_shape(shapes)
     except AdapterInvalid as error:
         raise OptionError("method", str(error)) from None
-    embeddings = _text_prefix(model, _initial_ids(config, context, model), shapes)
-    if config.prefix_init == "random":
-        generator = torch.Generator().manual_seed(context.seed)
-        embeddings = torch.randn(embeddings.shape, generator=generator).to(embeddings.device) * embeddings.std()
-    if config.prefix_init_from is not None:
-        embeddings = _trained_before(config.prefix_init_from, embeddings)
+    embeddings = initial_prefix(model, config, context, shapes)
     adapter = PrefixAdapter(model, Prefix(embeddings, shapes, model.dtype), len(shapes))
     try:
         _check_every_layer_reads_it(model, adapter, len(shapes))
@@ -227,61 +219,6 @@ def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> Attache
     hidden = _perceptron_width(config, model.config.get_text_config().hidden_size)
     projected = ProjectedPrefix(embeddings, shapes, model.dtype, hidden, context.seed)
     return PrefixAdapter(model, projected, len(shapes))
-
-
-def _trained_before(folder: str, like: Tensor) -> Tensor:
-    """The prefix in an adapter's folder. Raises OptionError where it has another shape, or is none."""
-    try:
-        files = read_adapter(folder)
-    except AdapterError as error:
-        raise OptionError("prefix-init-from", f"{folder}: {error}") from None
-    found = files.tensors.get(TENSOR)
-    if files.config.get("peft_type") != "PREFIX_TUNING" or found is None or found.shape != like.shape:
-        got = "no prefix" if found is None else f"{files.config.get('peft_type')} of {list(found.shape)}"
-        raise OptionError("prefix-init-from", f"{folder}: expected a prefix of {list(like.shape)}, got {got}")
-    return found.to(like.device, like.dtype)
-
-
-def _initial_ids(config: PrefixConfig, context: AttachContext, model: Any) -> list[int]:
-    """The text or the training data, from the beginning again where it is too short; drawn where there is neither."""
-    n = config.num_virtual_tokens or config.default_length(context.task)
-    if config.prefix_init_text is not None:
-        text = context.tokenize(config.prefix_init_text) if context.tokenize else []
-        if not text:
-            raise OptionError("prefix-init-text", f"expected text with tokens, got {config.prefix_init_text!r}")
-    else:
-        text = _up_to(n, context.examples)
-    if not text:
-        generator = torch.Generator().manual_seed(context.seed)
-        text = torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
-    return list(itertools.islice(itertools.cycle(text), n))
-
-
-def _up_to(count: int, examples: Sequence[Any]) -> list[int]:
-    ids: list[int] = []
-    for example in examples:
-        if len(ids) >= count:
-            break
-        ids += example.input_ids
-    return ids[:count]
-
-
-@torch.no_grad()
-def _text_prefix(model: Any, ids: Sequence[int], shapes: Sequence[KVShape]) -> Tensor:
-    """What the model itself caches for these tokens at positions 0..n-1 (keys after rotation), in PEFT's layout."""
-    was_training = model.training
-    model.eval()
-    cache = DynamicCache()
-    model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
-    model.train(was_training)
-    widest = provisioned_shape(shapes)
-    stored = torch.zeros(len(ids), len(shapes) * 2 * widest.kv_heads * widest.key_dim, device=model.device)
-    views = split_prefix(stored, shapes, widest)
-    layers: list[Any] = cache.layers
-    for layer, keys, values in zip(layers, views.keys, views.values, strict=True):
-        keys.copy_(layer.keys[0].transpose(0, 1))
-        values.copy_(layer.values[0].transpose(0, 1))
-    return stored
 
 
 def _check_every_layer_reads_it(model: Any, adapter: PrefixAdapter, layers: int) -> None:
