@@ -68,7 +68,7 @@ class StepWatch(TrainerCallback):
     def __init__(self, live: LiveBytes) -> None:
         self._live = live
         self._started = 0.0
-        self.line: list[int] = []
+        self._line: list[int] = []
         self.seconds = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,5 +76,10 @@ class StepWatch(TrainerCallback):
         self._live.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.line = self._live.end()
+        self._line = self._live.end()
         self.seconds = time.perf_counter() - self._started
+
+    def take(self) -> list[int]:
+        """The bytes, which are not kept: they are a lot of numbers."""
+        line, self._line = self._line, []
+        return line

@@ -1,0 +1,129 @@
+"""A run's own Trainer over batches of chosen sizes: what it holds after each operation, and at its highest."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import set_seed
+
+from peftmux.trainer.data import Example
+from peftmux.trainer.data.encode import IGNORED
+from peftmux.trainer.data.preference import DESIRABLE, REFERENCE
+from peftmux.trainer.estimate.fit import SMALL, Shape
+from peftmux.trainer.estimate.live import LiveBytes, StepWatch
+from peftmux.trainer.estimate.resident import peak_while
+from peftmux.trainer.options import NEXT_TOKEN
+from peftmux.trainer.prepared import Prepared, make_trainer, run_features
+
+_BATCHES = 1000
+"""Of the run's batches, in their order, as many are looked at."""
+_TRIED = (3, 8, 5.0)
+"""At the run's largest batch: at least and at most so many steps, and within these bounds so many seconds."""
+
+
+class Probe:
+    """A trainer over synthetic batches of given sizes, and the sizes of the real ones."""
+
+    def __init__(self, ready: Prepared) -> None:
+        args = copy.copy(ready.args)
+        args.max_steps = 2  # the optimiser's state is there from the second on
+        args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)
+        args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+        args.load_best_model_at_end, args.disable_tqdm, args.report_to = False, True, []
+        self._ready = ready
+        self._live = LiveBytes()
+        self._watch = StepWatch(self._live)
+        probe = dataclasses.replace(ready, args=args)
+        self._trainer = make_trainer(probe, [self._watch], self._features(SMALL[0]))
+        self.weights = self._live.hold([*ready.model.parameters(), *ready.model.buffers()])
+        self.shapes, self.steps = self._real()
+
+    def line(self, wanted: Shape) -> tuple[Shape, list[int]]:
+        """A batch's size as it came out, and live bytes after each operation of a step over it."""
+        with self._live:
+            shape = self._run(wanted, wanted.rows)
+        self._trainer.args.max_steps = 1
+        return shape, self._watch.take()
+
+    def seconds(self) -> float:
+        """Of a step over a batch of the middle size."""
+        shape = sorted(self.shapes, key=lambda s: s.rows * s.tokens)[len(self.shapes) // 2]
+        self._trainer.args.max_steps = 2
+        self._run(shape, self._ready.args.per_device_train_batch_size)
+        return self._watch.seconds * self._ready.args.gradient_accumulation_steps / self._accumulate
+
+    def resident_peak(self, shape: Shape) -> int | None:
+        """The process's resident bytes at their highest over some steps at this size; None where nobody counts them."""
+        least, most, seconds = _TRIED
+        self._trainer.args.max_steps = 1
+        self._run(shape, shape.rows)
+        steps = max(least, min(most, round(seconds / self._watch.seconds)))
+        self._trainer.args.max_steps = min(steps, self.steps)
+        return peak_while(lambda: self._run(shape, shape.rows))
+
+    def optimizer_bytes(self) -> int:
+        optimizer = self._trainer.optimizer
+        assert optimizer is not None
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+    @property
+    def _accumulate(self) -> int:
+        return self._trainer.args.gradient_accumulation_steps
+
+    def _run(self, wanted: Shape, rows: int) -> Shape:
+        features = self._features(wanted) * (rows * self._accumulate * self._trainer.args.max_steps)
+        self._trainer.train_dataset = features
+        self._trainer.args.per_device_train_batch_size = self._trainer._train_batch_size = rows
+        self._trainer.train()
+        return _shape(self._trainer.data_collator(features[:rows]))
+
+    def _features(self, wanted: Shape) -> list[dict[str, Any]]:
+        """One row of data, of ids and a label that the data has; `rows` is left to the batch."""
+        example = self._ready.data.encoded.examples[0]
+        seen, label = example.input_ids, next(label for label in example.labels if label != IGNORED)
+        ids = [seen[i % len(seen)] for i in range(wanted.tokens)]
+        first = wanted.tokens - wanted.kept + 1
+        row = Example(ids, [IGNORED] * first + [label] * (wanted.tokens - first)).feature()
+        if self._ready.options.packing:
+            half = wanted.tokens // 2
+            halves = [Example(part, [label] * len(part)).feature() for part in (ids[:half], ids[half:])]
+            return [{"rows": halves, "length": wanted.tokens}]
+        if self._ready.options.loss != NEXT_TOKEN:
+            return [{"pair": [row, row], "input_ids": ids, REFERENCE: [0.0, 0.0], DESIRABLE: True}]
+        return [row]
+
+    def _real(self) -> tuple[list[Shape], int]:
+        """The sizes of the run's first batches, in its own order, and how many steps it has."""
+        args, trainer = self._ready.args, self._trainer
+        features = run_features(self._ready, self._ready.data)
+        for feature in features:
+            feature[REFERENCE] = [0.0, 0.0]
+        set_seed(args.seed)
+        own, trainer.args = trainer.args, args
+        trainer.train_dataset, trainer._train_batch_size = features, args.train_batch_size
+        loader = trainer.get_train_dataloader()
+        trainer.args = own
+        per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+        epochs, rest = divmod(steps, per_epoch)
+        count = min(epochs * len(loader) + rest * args.gradient_accumulation_steps, _BATCHES)
+        return [_shape(batch) for batch in itertools.islice(_epochs(loader), count)], steps
+
+
+def _epochs(loader: Any) -> Iterator[Mapping[str, Any]]:
+    for epoch in itertools.count():
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        yield from loader
+
+
+def _shape(batch: Mapping[str, Any]) -> Shape:
+    rows, tokens = batch["input_ids"].shape
+    return Shape(rows, tokens, batch["labels"].shape[1])
