@@ -200,11 +200,20 @@ def test_bad_data_ends_a_run_with_file_and_line(qwen2: Path, tmp_path: Path, cap
 def test_tensorboard_gets_the_log(qwen2: Path, rows: Path, tmp_path: Path):
     """Beside the adapter, as transformers lays it out; what makes the best adapter come back is not left there."""
     words = ["--model", str(qwen2), "--data", str(rows), "--logging-steps", "1", "--report-to", "tensorboard"]
-    assert main(["lora", *words, "--out", str(tmp_path / "a"), "--max-steps", "3"]) == 0
+    more = ["--learning-rate", "3e-3", "--eval-data", str(rows), "--eval-strategy", "steps", "--eval-steps", "2"]
+    assert main(["lora", *words, *more, "--out", str(tmp_path / "a"), "--max-steps", "3"]) == 0
     (run,) = (tmp_path / "a.logs" / "runs").iterdir()
     log = EventAccumulator(str(run))
     log.Reload()
-    assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3]
+    losses = {event.step: event.value for event in log.Scalars("train/loss")}
+    assert list(losses) == [1, 2, 3]
+    assert [event.value for event in log.Scalars("train/learning_rate")] == pytest.approx([3e-3, 2e-3, 1e-3])
+    assert {event.step for event in log.Scalars("eval/loss")} == {2, 3}
+    card = (tmp_path / "a" / "README.md").read_text()
+    (mean,) = (event.value for event in log.Scalars("train/train_loss"))
+    assert mean == pytest.approx(sum(losses.values()) / 3, rel=1e-5)
+    for name, value in (("train_loss", mean), ("eval_loss", log.Scalars("eval/loss")[-1].value)):
+        assert float(card.partition(f"| {name} | ")[2].split()[0]) == pytest.approx(value, rel=1e-5), name
     stopping = ["--eval-data", str(rows), "--early-stopping-patience", "1", "--max-steps", "2", "--eval-steps", "1"]
     assert main(["lora", *words, "--out", str(tmp_path / "b"), *stopping, "--eval-strategy", "steps"]) == 0
     assert [path.name for path in (tmp_path / "b.checkpoints").iterdir()] == ["runs"]

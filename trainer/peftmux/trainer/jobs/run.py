@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from peftmux.trainer.base_model import load_base
@@ -91,10 +92,16 @@ class JobRun:
 
 
 def _start(spec: JobSpec, model: Any, tokenizer: Any) -> Job:
+    """Reading training arguments makes accelerate forget what is so until the job has its Trainer: of a job that is
+    refused meanwhile the others get it back."""
+    shared = AcceleratorState._shared_state
+    before = dict(shared)
     try:
         ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer))
         job = Job(spec.name, ready)
     except TrainerError as error:
+        shared.clear()
+        shared.update(before)
         raise OptionError("jobs", f"{spec.name}: {error}") from None
     print(f"{spec.name}: {trainable_parameters(ready.adapter, ready.base_parameters)}", file=sys.stderr)
     return job
