@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from peftmux.trainer.cli import build_parser, main
+from peftmux.trainer.cli import main
 from peftmux.trainer.config_file import file_arguments
 from peftmux.trainer.methods import METHODS
+from peftmux.trainer.parser import build_parser
 
 REQUIRED = ["--model", "m", "--data", "d", "--out", "o"]
 METHOD_FLAGS = {

@@ -7,13 +7,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from peftmux.adapters.errors import AdapterError
 from peftmux.trainer.config_file import file_arguments
-from peftmux.trainer.errors import OptionError, TrainerError
+from peftmux.trainer.errors import TrainerError
 
 ALIASES = {"qlora": (("lora", "--quantization", "nf4"), "lora over a base in 4 bits: lora --quantization nf4")}
 """Names of a method with options of the run: what they stand for, and what is said of them."""
@@ -89,6 +88,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
     from peftmux.trainer.jobs.sweep import run_sweep
     from peftmux.trainer.loop import run_training
     from peftmux.trainer.methods import get_method
+    from peftmux.trainer.parser import build_parser
 
     parser = build_parser(name)
     given = vars(parser.parse_args([*file_arguments(parser, argv, os.environ), *argv]))
@@ -125,63 +125,6 @@ def _run_jobs(argv: Sequence[str]) -> int:
     for name, message in run.failed.items():
         print(f"peftmux train: {name}: {message}", file=sys.stderr)
     return 1 if run.failed else 0
-
-
-def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    """The options by name. Raises OptionError where argparse would end the process."""
-    parser.exit_on_error = False
-    try:
-        return vars(parser.parse_args(list(words)))
-    except argparse.ArgumentError as error:
-        raise OptionError((error.argument_name or "option").lstrip("-"), error.message) from None
-
-
-def build_parser(name: str) -> argparse.ArgumentParser:
-    """Every flag of one method. An option not given is not in the namespace, so that defaults stay in one place."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    from peftmux.trainer.flags import add_fields
-    from peftmux.trainer.methods import get_method
-    from peftmux.trainer.options import RunOptions
-
-    method = get_method(name)
-    parser = HfArgumentParser(
-        (),
-        prog=f"peftmux train {name}",
-        description=f"Train {method.summary}.",
-        allow_abbrev=False,
-        formatter_class=argparse.HelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of options by name")
-    add_fields(parser.add_argument_group("run"), RunOptions)
-    add_fields(parser.add_argument_group(name), method.config_class)
-    training = HfArgumentParser([TrainingArguments], add_help=False)  # type: ignore[list-item]
-    for action in training._actions:
-        action.default = argparse.SUPPRESS
-        if action.dest == "learning_rate":
-            action.type, action.help = _learning_rate, _learning_rate_help(method.learning_rate)
-    group = parser.add_argument_group("training (transformers' TrainingArguments)")
-    if "--warmup-ratio" not in training._option_string_actions:
-        group.add_argument("--warmup-ratio", "--warmup_ratio", type=float, default=argparse.SUPPRESS, metavar="SHARE")
-    for action in training._actions:
-        group._add_action(action)
-    return parser
-
-
-def _learning_rate_help(default: Callable[[int], float]) -> str:
-    rates = {width: f"{default(width):.2g}" for width in (1024, 4096)}
-    if len(set(rates.values())) == 1:
-        return f"Initial learning rate (default: {rates[1024]})"
-    return "Initial learning rate (default: " + ", ".join(f"{v} at width {k}" for k, v in rates.items()) + ")"
-
-
-def _learning_rate(text: str) -> float:
-    from peftmux.trainer.arguments import checked_learning_rate
-
-    try:
-        return checked_learning_rate(text)
-    except OptionError as error:
-        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from peftmux.trainer.host import Host
 from peftmux.trainer.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.options import NEXT_TOKEN, RunOptions
-from peftmux.trainer.places import check_out, check_output_dir
+from peftmux.trainer.outputs import check_out, check_output_dir
 from peftmux.trainer.prepared import Prepared, make_trainer
 from peftmux.trainer.summary import trainable_summary
 

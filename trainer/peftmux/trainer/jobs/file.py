@@ -16,6 +16,7 @@ from peftmux.trainer.config_file import flags
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods import Method, get_method
 from peftmux.trainer.options import RunOptions, build_config
+from peftmux.trainer.parser import build_parser, parse
 from peftmux.trainer.yaml_file import line_of, read_yaml
 
 
@@ -114,8 +115,6 @@ def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
 
 def job_spec(name: str, method: str, given: Mapping[str, Any], where: str) -> JobSpec:
     """A job from options by name, each read as its flag would be."""
-    from peftmux.trainer.cli import build_parser, parse
-
     chosen = get_method(method)
     parser = build_parser(method)
     values = parse(parser, flags(parser, given, where))

@@ -15,7 +15,7 @@ from peftmux.trainer.export import publish
 from peftmux.trainer.jobs.file import JobSpec, job_spec
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.loop import TrainResult
-from peftmux.trainer.places import check_out
+from peftmux.trainer.outputs import check_out
 
 
 @dataclass(frozen=True, slots=True)
