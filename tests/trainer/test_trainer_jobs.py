@@ -17,7 +17,7 @@ from peftmux.trainer.cli import main
 from peftmux.trainer.errors import DataError
 from peftmux.trainer.jobs.file import JobsFile, read_jobs
 from peftmux.trainer.jobs.run import JobRun
-from tests.trainer.method_runs import tensors
+from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.tiny_models import copy_task, write_rows
 
 TOLERANCE = 5e-5
@@ -119,6 +119,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "a type": ([{"name": "a", "method": "lora", "r": "four"}], r"job 1 \(a\): r.*invalid int"),
     "a method": ([{"name": "a", "method": "loro"}], r"job 1 \(a\): method: expected one of"),
     "no name": ([{"method": "lora"}], "job 1: expected a name"),
+    "a sweep": ([{"name": "a", "method": "lora", "sweep": "r=1,2"}], r"job 1 \(a\): sweep: trains several"),
+    "an ensemble": ([{"name": "a", "method": "lora", "ensemble": 2}], r"job 1 \(a\): ensemble: trains several"),
     "a name twice": ([{"name": "a", "method": "lora", "out": "x"}, {"name": "a", "method": "lora"}], "each name once"),
     "a folder twice": (
         [{"name": "a", "method": "lora", "out": "x"}, {"name": "b", "method": "ln", "out": "x"}],
@@ -190,6 +192,39 @@ def test_a_sweep_keeps_the_best(taught: Path, rows: Path, tmp_path: Path, capsys
     assert {path.name for path in tmp_path.iterdir()} == {"a", "p", "eval.jsonl"}, "nothing else is left"
 
 
+def test_a_sweep_chooses_as_solo_runs_would(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    """A value that diverges is said, and lost; what stood in the folder and is no adapter's stays."""
+    held_out, out = write_rows(tmp_path / "eval.jsonl", copy_task(16, seed=1)), tmp_path / "a"
+    words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(held_out), "--max-steps", "6"]
+    words += ["--max-grad-norm", "0", "--lora-dropout", "0.1"]
+    losses = {}
+    for rate in ("1e-4", "1e-2", "3e-1"):
+        training = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": float(rate), "disable_tqdm": True}
+        solo = train(
+            "lora", model=qwen2, data=few, eval_data=held_out, out=tmp_path / rate, training=training,
+            config={"lora_dropout": 0.1},
+        )  # fmt: skip
+        losses[rate] = solo.metrics["eval_loss"]
+    best = min(losses, key=losses.__getitem__)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    words += ["--out", str(out), "--overwrite"]
+    assert main([*words, "--sweep", "learning_rate=1e-4,1e-2,3e-1,1e30"]) == 0
+    shown = capsys.readouterr().out
+    assert f"best: learning_rate={best}" in shown
+    assert re.search("1e30 the run diverged", shown)
+    for rate, loss in losses.items():
+        (row,) = re.findall(rf"^ *{rate} .*", shown, re.MULTILINE)
+        assert float(row.split()[3]) == pytest.approx(loss, abs=1e-3), rate
+    assert (out / "notes.txt").read_text() == "mine"
+    kept, alone = tensors(out), tensors(tmp_path / best)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
+    assert main([*words, "--sweep", "learning_rate=1e30,1e29"]) == 1
+    assert "no value is left: learning_rate=1e30: the run diverged" in capsys.readouterr().err
+    assert_equal(tensors(out), kept)
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [("r=4", "different values"), ("r", "NAME=V1"), ("r=4,4", "different values"), ("rank=4,8", "no such option")],
@@ -220,6 +255,11 @@ def test_an_ensemble_is_its_members_solo_runs(qwen2: Path, few: Path, tmp_path: 
     alone = tensors(tmp_path / "solo")["adapter_model.safetensors/prompt_embeddings"]
     torch.testing.assert_close(members[1], alone, rtol=0, atol=TOLERANCE)
     assert main([*words, "--ensemble", "2", "--out", str(tmp_path / "a")]) == 1
+    assert main([*words, "--ensemble", "2", "--overwrite", "--out", str(tmp_path / "solo")]) == 1
+    assert "expected nothing or an older ensemble" in capsys.readouterr().err
+    assert main([*words, "--ensemble", "2", "--overwrite", "--out", str(tmp_path / "a")]) == 0
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"0", "1"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "p", "solo"}
     assert main([*words, "--ensemble", "0", "--out", str(tmp_path / "b")]) == 1
     assert main([*words, "--ensemble", "2", "--sweep", "seed=1,2", "--out", str(tmp_path / "b")]) == 1
     assert "not with --sweep" in capsys.readouterr().err

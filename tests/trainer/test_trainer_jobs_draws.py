@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from peftmux.trainer.host import Host
+from peftmux.trainer.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.jobs.file import JobSpec, read_jobs, resumed
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.jobs.together import Together
@@ -123,3 +126,27 @@ def test_jobs_that_are_cut_off_together_end_with_the_same_bits(qwen2: Path, unev
     JobRun(left).run()
     for spec in specs:
         assert_equal(*(tensors(tmp_path / run / "out" / spec["name"]) for run in ("whole", "cut")))
+
+
+def test_a_checkpoint_that_ctrl_c_comes_into_is_the_jobs_own(
+    qwen2: Path, uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spec = {**SPECS[1], "save_strategy": "steps", "save_steps": 2}
+    specs = read_jobs(jobs_file(tmp_path, qwen2, uneven, [spec, SPECS[0]]))
+    save = AdapterTrainer._save
+
+    def interrupted(self: AdapterTrainer, *args: Any) -> None:
+        _thread.interrupt_main()
+        time.sleep(0.3)  # the main thread has noticed when the random state is written
+        save(self, *args)
+
+    monkeypatch.setattr(AdapterTrainer, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        JobRun(specs).run()
+    monkeypatch.undo()
+    left = resumed(specs)
+    assert left[0].options.resume
+    JobRun(left[:1]).run()
+    whole = solo(specs[0], tmp_path / "solo")
+    for name, tensor in tensors(tmp_path / "out" / "lora").items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=TOLERANCE, msg=name)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from peftmux.trainer import OptionError, train
+from peftmux.trainer import OptionError, loop, train
 from peftmux.trainer.cli import main
 from peftmux.trainer.jobs.file import Changes, JobsFile, read_jobs, resumed
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.jobs.together import Together, grouped
-from tests.trainer.method_runs import tensors
+from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.test_trainer_jobs import TOLERANCE, jobs_file
 from tests.trainer.tiny_models import copy_task, write_rows
 
@@ -126,6 +126,78 @@ def test_a_bad_job_that_joins_does_not_stop_the_others(qwen2: Path, few: Path, t
     assert run.run().keys() == {"short"}
     assert "broken.jsonl:1: " in run.failed["bad"]
     assert "expected 'auto' for every job, other has 'bfloat16'" in run.failed["other"]
+
+
+def test_what_a_watched_file_says_of_jobs_that_run(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    """One leaves and comes back under its name; one has other options now, which come too late for it."""
+    long, short = {**SPECS[1], "save_strategy": "no"}, {**SPECS[0], "save_strategy": "no"}
+    file = JobsFile(jobs_file(tmp_path, qwen2, few, [long, short]))
+    edits = iter([[long], [long, {**short, "max_steps": 2}], [{**long, "seed": 6}, {**short, "max_steps": 2}]])
+
+    def changes() -> Changes:
+        edited = next(edits, None)
+        if edited is not None:
+            jobs_file(tmp_path, qwen2, few, edited)
+        return file.changes()
+
+    run = JobRun(file.read(), changes)
+    results = run.run()
+    said = capsys.readouterr().err
+    assert "short: taken out after 1 of 3 steps" in said
+    assert said.count("long: its options have changed: it goes on as it began") == 1
+    assert (results["short"].steps, results["long"].steps, run.failed) == (2, 9, {})
+    shares = [line.partition("places")[0].rpartition("(")[2] for line in said.splitlines() if "trainable" in line]
+    assert len(shares) == 3
+    card = (tmp_path / "out" / "short" / "README.md").read_text()
+    assert card.count("23,968") == 1, "the base alone, whatever other jobs have in it"
+
+
+def test_a_broken_job_does_not_stop_the_others(
+    qwen2: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    specs = read_jobs(jobs_file(tmp_path, qwen2, few, [SPECS[0], {**SPECS[2], "num_train_epochs": 1}]))
+    write = loop.finish
+
+    def finish(ready: Any, metrics: Any) -> str:
+        if ready.method.name == "lora":
+            raise ValueError("no such thing")
+        return write(ready, metrics)
+
+    monkeypatch.setattr("peftmux.trainer.jobs.run.finish", finish)
+    run = JobRun(specs)
+    assert run.run().keys() == {"epochs"}
+    assert run.failed == {"short": "ValueError: no such thing"}
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_diverging_job_changes_no_bit_of_the_others(qwen2: Path, few: Path, tmp_path: Path):
+    found = []
+    for name, rate in (("tame", 1e-3), ("wild", 1e30)):
+        (tmp_path / name).mkdir()
+        other = {**SPECS[0], "name": "other", "learning_rate": rate, "max_grad_norm": 0.0, "max_steps": 6}
+        run = JobRun(read_jobs(jobs_file(tmp_path / name, qwen2, few, [other, SPECS[1], SPECS[2]])))
+        run.run()
+        assert [*run.failed] == (["other"] if name == "wild" else [])
+        found.append({job: tensors(tmp_path / name / "out" / job) for job in ("long", "epochs")})
+    for job in found[0]:
+        assert_equal(found[0][job], found[1][job])
+
+
+def test_a_run_killed_before_it_published_publishes_when_resumed(qwen2: Path, few: Path, tmp_path: Path):
+    """What the dead run has left in the folder is no adapter's."""
+    specs = [{**SPECS[0], "save_strategy": "no"}]
+    JobRun(read_jobs(jobs_file(tmp_path, qwen2, few, specs))).run()
+    served = tmp_path / "served"
+    half = served / ".short.left" / "new"
+    half.mkdir(parents=True)
+    (half / "adapter_config.json").write_text("{")
+    path = jobs_file(tmp_path, qwen2, few, specs, publish=str(served))
+    assert resumed(read_jobs(path)) == []
+    assert {p.name for p in served.iterdir()} == {".short.left", "short"}
+    assert_equal(tensors(served / "short"), tensors(tmp_path / "out" / "short"))
+    before = (served / "short").stat().st_ino
+    assert resumed(read_jobs(path)) == []
+    assert (served / "short").stat().st_ino == before, "it is there already"
 
 
 def test_a_job_stops_early_and_keeps_its_best(qwen2: Path, few: Path, tmp_path: Path):

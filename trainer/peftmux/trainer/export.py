@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peftmux.adapters.aside import folder_aside
+from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import read_adapter
 from peftmux.adapters.writer import write_adapter, write_files
 from peftmux.trainer.methods import AttachedAdapter
@@ -55,6 +56,19 @@ def export_adapter(adapter: AttachedAdapter, base_model: str, folder: str | Path
     return write_adapter(
         folder, adapter_config(adapter, base_model), adapter.tensors(), extra_files={"README.md": card}
     )
+
+
+def is_published(folder: str | Path, directory: str | Path) -> bool:
+    """Whether `publish` has put what is in `folder` into `directory`, under its own last name."""
+    target = Path(directory) / Path(folder).name
+    return target.is_dir() and _digest(target) == _digest(Path(folder))
+
+
+def _digest(folder: Path) -> str:
+    try:
+        return read_adapter(folder).digest
+    except AdapterError:
+        return ""
 
 
 def publish(folder: str | Path, directory: str | Path, name: str = "") -> Path:

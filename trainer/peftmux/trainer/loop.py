@@ -111,7 +111,6 @@ def prepare(
     rate = method.default_rate(config, model.config.get_text_config().hidden_size)
     if "learning_rate" not in training:
         args.learning_rate = rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE
-    base_parameters = model.num_parameters()
     reserved = _reserved(config, options.task, [*rows, *(eval_rows or ())])
     limit = longest_row(model, reserved)
     if limit < 2:
@@ -128,6 +127,7 @@ def prepare(
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     with Host.of(model).aside():
+        base_parameters = model.num_parameters()
         context = AttachContext(args.seed, data.encoded.examples, tokenize, labels, options.task)
         adapter = method.attach(model, config, context)
         if options.task != "generation":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftmux.trainer.errors import TrainerError
+from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.export import publish
 from peftmux.trainer.jobs.file import JobSpec, job_spec
 from peftmux.trainer.jobs.run import JobRun
@@ -53,8 +53,10 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
     """
     check_out(spec.options)
     out, count = Path(spec.options.out), spec.options.ensemble or 0
+    _check_members(out)
     seed = int(given.get("seed", _SEED))
     work = out.parent / f".{out.name}.ensemble"
+    replaced = out.parent / f".{out.name}.replaced"
     shutil.rmtree(work, ignore_errors=True)
     plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
     try:
@@ -64,12 +66,21 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
         if run.failed:
             raise TrainerError("; ".join(f"member {name}: {message}" for name, message in run.failed.items()))
         if out.exists():
-            shutil.rmtree(out)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(out, replaced)
         os.rename(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     if spec.options.publish:
         for i in range(count):
             publish(out / str(i), spec.options.publish, f"{out.name}-{i}")
     members = {name: dataclasses.replace(result, out=out / name) for name, result in results.items()}
     return EnsembleResult({str(i): members[str(i)] for i in range(count)}, out)
+
+
+def _check_members(out: Path) -> None:
+    """An older ensemble is replaced as a whole; nothing else may be lost with it."""
+    others = sorted(path.name for path in out.iterdir() if not path.name.isdigit()) if out.is_dir() else []
+    if others:
+        raise OptionError("out", f"expected nothing or an older ensemble at {out}, found {others[0]}")

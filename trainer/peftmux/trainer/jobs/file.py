@@ -14,10 +14,14 @@ import yaml
 from peftmux.trainer.checkpoints import newest_checkpoint
 from peftmux.trainer.config_file import flags
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.export import is_published, publish
 from peftmux.trainer.methods import Method, get_method
 from peftmux.trainer.options import RunOptions, build_config
 from peftmux.trainer.parser import build_parser, parse
 from peftmux.trainer.yaml_file import line_of, read_yaml
+
+_SEVERAL = ("sweep", "ensemble")
+"""Options that make several jobs of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +48,14 @@ class JobsFile:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
-        self._known: set[str] = set()
+        self._known: dict[str, JobSpec] = {}
         self._seen: tuple[int, int] | None = None
 
     def read(self) -> list[JobSpec]:
         """All jobs. Raises OptionError."""
         self._seen = self._signature()
         specs = read_jobs(self._path)
-        self._known = {spec.name for spec in specs}
+        self._known = {spec.name: spec for spec in specs}
         return specs
 
     def changes(self) -> Changes:
@@ -63,9 +67,13 @@ class JobsFile:
         try:
             specs = self.read()
         except OptionError as error:
-            print(f"peftmux train: {error}", file=sys.stderr, flush=True)
+            _say(str(error))
             return Changes()
-        return Changes([spec for spec in specs if spec.name not in known], known - self._known)
+        for spec in specs:
+            if spec != known.get(spec.name, spec):
+                _say(f"{spec.name}: its options have changed: it goes on as it began; another name makes another job")
+                self._known[spec.name] = known[spec.name]
+        return Changes([spec for spec in specs if spec.name not in known], known.keys() - self._known.keys())
 
     def _signature(self) -> tuple[int, int] | None:
         try:
@@ -73,6 +81,10 @@ class JobsFile:
         except OSError:
             return None
         return status.st_mtime_ns, status.st_size
+
+
+def _say(text: str) -> None:
+    print(f"peftmux train: {text}", file=sys.stderr, flush=True)
 
 
 def read_jobs(path: str | Path) -> list[JobSpec]:
@@ -108,9 +120,14 @@ def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
     if not isinstance(name, str) or not name or not isinstance(method, str):
         raise OptionError("jobs", f"{where}: expected a name and a method, got {name!r} and {method!r}")
     try:
-        return job_spec(name, method, given, f"{where} ({name})")
+        spec = job_spec(name, method, given, f"{where} ({name})")
+        for option in _SEVERAL:
+            if getattr(spec.options, option) is not None:
+                message = f"trains several: give each an entry, or run `peftmux train {method} --{option}`"
+                raise OptionError(option, message)
     except OptionError as error:
         raise OptionError("jobs", f"{where} ({name}): {error}") from None
+    return spec
 
 
 def job_spec(name: str, method: str, given: Mapping[str, Any], where: str) -> JobSpec:
@@ -130,12 +147,17 @@ def split_options(name: str, method: Method, values: dict[str, Any]) -> JobSpec:
 
 
 def resumed(specs: Sequence[JobSpec]) -> list[JobSpec]:
-    """The jobs that are not done yet; each goes on from its newest checkpoint, or begins where it has none."""
+    """The jobs that are not done yet; each goes on from its newest checkpoint, or begins where it has none.
+
+    One that is done but was cut off before it was published is published.
+    """
     left = []
     for spec in specs:
         out = Path(spec.options.out)
         if (out / "adapter_config.json").exists():
             print(f"{spec.name}: done before: {out}", file=sys.stderr, flush=True)
+            if spec.options.publish and not is_published(out, spec.options.publish):
+                publish(out, spec.options.publish)
             continue
         folder = Path(spec.training.get("output_dir") or f"{out}.checkpoints")
         resume = newest_checkpoint(folder) is not None

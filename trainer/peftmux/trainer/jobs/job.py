@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host import Host
@@ -48,12 +49,13 @@ class Job:
         self.trainer.alone = self._alone
         self.trainer.remove_callback(PlainLog)
         self.trainer.add_callback(PlainLog(f"{name}: "))
+        self.trainer.add_callback(_StopsEvaluation(self))
         self.batch: dict[str, Any] | None = None
         """The micro-batch that a pass is wanted for, as the collator made it; None: the loop has ended."""
         self.metrics: dict[str, float] = {}
         self._items: Any = None
         self._result: Tensor | None = None
-        self._stop = False
+        self.stopping = False
         self._error: BaseException | None = None
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._threads = torch.get_num_threads()
@@ -80,14 +82,23 @@ class Job:
                 self._thread.start()
             else:
                 self._turn.release()
-            self._back.acquire()
+            self._wait()
         if self._error is not None:
             raise self._error
         return self.batch is not None
 
+    def _wait(self) -> None:
+        """For the loop to halt; after Ctrl-C too, since it may be writing a checkpoint of the state that is its own."""
+        try:
+            self._back.acquire()
+        except BaseException:
+            self.stopping = True
+            self._back.acquire()
+            raise
+
     def close(self) -> None:
         """End a loop that is halted; nothing more is written."""
-        self._stop = True
+        self.stopping = True
         if self._thread.is_alive():
             self._turn.release()
             self._thread.join()
@@ -155,11 +166,20 @@ class Job:
         self.batch, self._items = batch, items
         self._back.release()
         self._turn.acquire()
-        if self._stop:
+        if self.stopping:
             raise Stopped
         shared._set_sync_gradients(last)
         assert self._result is not None
         return self._result
+
+
+class _StopsEvaluation(TrainerCallback):
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._job.stopping:
+            raise Stopped
 
 
 def _check(ready: Prepared) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from tqdm import tqdm
 
+from peftmux.adapters.errors import AdapterError
 from peftmux.trainer.base_model import load_base
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.jobs.file import Changes, JobSpec, common_base
@@ -64,8 +66,12 @@ class JobRun:
                 return True
             digest = finish(job.ready, job.metrics)
         except (TrainerError, OSError) as error:
-            self.failed[job.name] = str(error)
+            self._fail(job.name, str(error))
+        except Exception as error:  # the other jobs are worth more than the end of this process
+            traceback.print_exc()
+            self._fail(job.name, f"{type(error).__name__}: {error}")
         else:
+            self.failed.pop(job.name, None)  # taken out before, and put in again
             out, ready = Path(job.ready.options.out), job.ready
             self.results[job.name] = TrainResult(
                 out, digest, job.step, job.metrics, ready.model, ready.tokenizer, job.adapter
@@ -73,19 +79,23 @@ class JobRun:
         job.adapter.detach()
         return False
 
+    def _fail(self, name: str, message: str) -> None:
+        self.failed[name] = message
+        tqdm.write(f"{name}: {message}", file=sys.stderr)
+
     def _change(self, jobs: list[Job], model: Any, tokenizer: Any) -> None:
         changes = self.changes()
         for job in [job for job in jobs if job.name in changes.left]:
             jobs.remove(job)
             job.close()
             job.adapter.detach()
-            self.failed[job.name] = f"taken out after {job.step} of {job.total_steps} steps: no adapter written"
+            self._fail(job.name, f"taken out after {job.step} of {job.total_steps} steps: no adapter written")
         for spec in changes.joined:
             try:
                 common_base([*self.specs, spec])
                 job = _start(spec, model, tokenizer)
-            except TrainerError as error:
-                self.failed[spec.name] = str(error)
+            except (TrainerError, AdapterError) as error:
+                self._fail(spec.name, str(error).removeprefix(f"jobs: {spec.name}: "))
             else:
                 if self._advance(job):
                     jobs.append(job)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftmux.trainer.errors import OptionError
+from peftmux.adapters.writer import write_files
+from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.export import publish
 from peftmux.trainer.jobs.file import JobSpec, job_spec
 from peftmux.trainer.jobs.run import JobRun
@@ -24,6 +24,8 @@ class SweepResult:
 
     option: str
     runs: Mapping[str, TrainResult]
+    failed: Mapping[str, str]
+    """Why other values have no run."""
     best: str
     out: Path
 
@@ -35,17 +37,19 @@ class SweepResult:
             mark = "  <- kept" if value == self.best else ""
             train, held_out = run.metrics["train_loss"], run.metrics["eval_loss"]
             lines.append(f"{value:>12} {size:>12,} {train:>12.4f} {held_out:>12.4f}{mark}")
+        lines += [f"{value:>12} {message}" for value, message in self.failed.items()]
         return "\n".join([*lines, f"best: {self.option}={self.best}: {self.out}"])
 
 
 def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
     """Train all values and leave the best at `out`. `given`: the options by name that `spec` was made of.
 
-    Raises OptionError for a sweep without rows to evaluate on, an unknown option, or a bad value.
+    Raises OptionError for a sweep without rows to evaluate on, an unknown option, or a bad value; TrainerError where no
+    value ends with a finite loss.
     """
     option, values = _parse(spec)
-    out = Path(spec.options.out)
     check_out(spec.options)
+    out = Path(spec.options.out)
     work = out.parent / f".{out.name}.sweep"
     shutil.rmtree(work, ignore_errors=True)
     plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}
@@ -53,17 +57,17 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
         specs = [job_spec(v, spec.method.name, {**plain, option: v, "out": str(work / v)}, "--sweep") for v in values]
         run = JobRun(specs)
         results = run.run()
-        if not results:
-            raise OptionError("sweep", f"every run failed: {run.failed}")
-        best = min(results, key=lambda value: _score(results[value]))
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(work / best, out)
+        best = min(results, key=lambda value: _score(results[value]), default="")
+        if not results or _score(results[best]) == math.inf:
+            lost = {value: f"eval loss {result.metrics['eval_loss']}" for value, result in results.items()} | run.failed
+            raise TrainerError("no value is left: " + "; ".join(f"{option}={v}: {why}" for v, why in lost.items()))
+        kept = work / best
+        write_files(out, {str(f.relative_to(kept)): f.read_bytes() for f in kept.rglob("*") if f.is_file()})
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if spec.options.publish:
         publish(out, spec.options.publish)
-    return SweepResult(option, {v: results[v] for v in values if v in results}, best, out)
+    return SweepResult(option, {v: results[v] for v in values if v in results}, run.failed, best, out)
 
 
 def _score(result: TrainResult) -> float:
