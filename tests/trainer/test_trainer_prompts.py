@@ -177,10 +177,16 @@ def test_tasks_come_from_the_data_and_are_checked(qwen2: Path, tmp_path: Path):
         train("multitask-prompt", **run, data=data, eval_data=held_out, out=tmp_path / "b")
     with pytest.raises(OptionError, match="tasks: expected rows with a column task"):
         train("multitask-prompt", **run, data=write_rows(tmp_path / "none.jsonl", copy_task(3)), out=tmp_path / "b")
-    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    run["config"] = {**config, "tasks": ["t0"]}
-    with pytest.raises(OptionError, match="loss: dpo is not for multitask-prompt"):
-        train("multitask-prompt", **run, data=pairs, out=tmp_path / "b", loss="dpo")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize(("method", "config"), [("multitask-prompt", {}), ("p-tuning", {"template": ["2@-1"]})])
+def test_a_preference_is_not_learned_by_tokens_inside_of_rows(
+    method: str, config: dict[str, Any], loss: str, rows: Path, tmp_path: Path
+):
+    """Said of the loss, whatever the data lack."""
+    with pytest.raises(OptionError, match=f"loss: {loss} is not for {method}"):
+        train(method, model=tmp_path, data=rows, out=tmp_path / "a", config=config, loss=loss)
 
 
 @torch.no_grad()

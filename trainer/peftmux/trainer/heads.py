@@ -57,7 +57,7 @@ class HeadedAdapter(AttachedAdapter):
             raise OptionError("target-modules", f"expected layers that a classifier has, which has no {output}")
         self._inner = inner
         self.head = head
-        self.prefix, self.virtual, self.places_tokens = inner.prefix, inner.virtual, inner.places_tokens
+        self.prefix, self.virtual = inner.prefix, inner.virtual
         self._model = model
         self.kind, self.key, self.changes, self.notes = inner.kind, inner.key, inner.changes, inner.notes
         self.modules = nn.ModuleDict({**dict(inner.modules.items()), "head": head})

@@ -99,6 +99,9 @@ def prepare(
 ) -> Prepared:
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
     check_out(options)
+    places_tokens = method.places_tokens(config)
+    if places_tokens and options.loss != NEXT_TOKEN:
+        raise OptionError("loss", f"{options.loss} is not for {method.name}, whose tokens stand inside of the rows")
     args = training_arguments(options, training)
     if not options.dry_run:
         check_output_dir(args)
@@ -134,9 +137,7 @@ def prepare(
             adapter = HeadedAdapter(adapter, TaskHead(model, options.task, labels, args.seed), model)
     if not adapter.takes_images and any(row.images for row in [*rows, *(eval_rows or ())]):
         raise OptionError("data", f"its rows have images, from which {method.name} cannot learn: train vora")
-    if adapter.places_tokens:
-        if options.loss != NEXT_TOKEN:
-            raise OptionError("loss", f"{options.loss} is not for {method.name}, whose tokens stand inside of the rows")
+    if places_tokens:
         data = _placed(data, adapter, options.data)
         eval_data = eval_data and _placed(eval_data, adapter, options.eval_data)
     return Prepared(

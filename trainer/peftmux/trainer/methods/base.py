@@ -45,8 +45,6 @@ class AttachedAdapter:
 
     prefix: PrefixSource | None = None
     virtual: VirtualTokens | None = None
-    places_tokens = False
-    """Tokens of its own are put into the rows of the data, by `place`."""
     sees_both_ways: SeesBothWays | None = None
     """Says which tokens see each other whatever their order."""
     takes_images = False
@@ -179,6 +177,7 @@ class Method:
     attach: (model, configuration, context) -> the adapter; raises OptionError where it does not fit the model.
     learning_rate: the default for a base of this hidden size.
     rate_factor: (configuration, hidden size) -> what the default is multiplied by.
+    places_tokens: configuration -> whether the adapter's `place` puts tokens of its own into the rows of the data.
     """
 
     name: str
@@ -187,6 +186,7 @@ class Method:
     attach: Callable[[Any, Any, AttachContext], AttachedAdapter]
     learning_rate: Callable[[int], float]
     rate_factor: Callable[[Any, int], float] = lambda config, hidden_size: 1.0
+    places_tokens: Callable[[Any], bool] = lambda config: False
 
     def default_rate(self, config: Any, hidden_size: int) -> float:
         return self.learning_rate(hidden_size) * self.rate_factor(config, hidden_size)

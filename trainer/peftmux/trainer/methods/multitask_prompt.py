@@ -55,8 +55,6 @@ class TaskPrompts(nn.Module):
 class MultitaskPromptAdapter(AttachedAdapter):
     """Each row begins with its task's virtual tokens, whose ids follow the vocabulary."""
 
-    places_tokens = True
-
     def __init__(self, model: Any, source: TaskPrompts, tasks: tuple[str, ...], fields: Mapping[str, object]) -> None:
         self._source, self._tasks = source, tasks
         path, change = virtual_embeddings(model, source)
@@ -102,4 +100,5 @@ MULTITASK_PROMPT = Method(
     config_class=MultitaskPromptConfig,
     attach=_attach,
     learning_rate=lambda hidden_size: 1e-2,
+    places_tokens=lambda config: True,
 )

@@ -65,7 +65,6 @@ def _group(text: str) -> TokenGroup:
 class TemplateAdapter(PromptAdapter):
     """Virtual tokens in groups before, inside of and after the prompt of each row of the data."""
 
-    places_tokens = True
     groups: tuple[TokenGroup, ...]
 
     def _join(self, count: int, vocabulary: int) -> None:
@@ -145,4 +144,5 @@ P_TUNING = Method(
     config_class=PTuningConfig,
     attach=_attach,
     learning_rate=lambda hidden_size: 3e-3,
+    places_tokens=lambda config: bool(config.groups),
 )

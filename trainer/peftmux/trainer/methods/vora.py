@@ -124,7 +124,6 @@ class ImageTokens(Change):
 class VoraAdapter(AttachedAdapter):
     """Pairs at linear layers, and images among the tokens of its rows."""
 
-    places_tokens = True
     takes_images = True
 
     def __init__(
@@ -246,4 +245,5 @@ VORA = Method(
     config_class=VoraConfig,
     attach=_attach,
     learning_rate=default_learning_rate,
+    places_tokens=lambda config: True,
 )
