@@ -65,6 +65,37 @@ def test_what_is_drawn_is_the_solo_runs(shape: str, uneven: Path, tmp_path: Path
             torch.testing.assert_close(together[name], tensor, rtol=0, atol=TOLERANCE, msg=f"{spec.name} {name}")
 
 
+def test_mixtures_and_fusions_stay_within_what_is_stated(qwen2: Path, uneven: Path, tmp_path: Path):
+    """A router or a softmax over adapters grows rounding; a difference of any other kind would be in the mean."""
+    members = [{"name": name, "method": "pfeiffer", "max_steps": 2, "seed": i} for i, name in enumerate("ab")]
+    JobRun(read_jobs(jobs_file(tmp_path, qwen2, uneven, members))).run()
+    folders = [str(tmp_path / "out" / name) for name in "ab"]
+    own = {"max_steps": 12, "learning_rate": 5e-3}
+    chosen: list[dict[str, Any]] = [
+        {"name": "fused", "method": "fusion", "adapters": folders, **own},
+        {"name": "chosen", "method": "mixlora", **own},
+        {"name": "weighed", "method": "loramoe", **own},
+        {"name": "directions", "method": "pissa", "r": 2, "lora_dropout": 0.1, **own},
+    ]
+    specs = read_jobs(jobs_file(tmp_path, qwen2, uneven, chosen))
+    JobRun(specs).run()
+    for spec in specs:
+        together = tensors(tmp_path / "out" / spec.name)
+        for name, tensor in solo(spec, tmp_path / "solo" / spec.name).items():
+            apart = (together[name] - tensor).abs()
+            assert apart.max() <= 1e-3, (spec.name, name)
+            assert apart.mean() <= 2e-5, (spec.name, name)
+
+
+@pytest.mark.parametrize("spec", [SPECS[1], {"name": "chosen", "method": "mixlora", "max_steps": 4}])
+def test_a_job_alone_in_its_passes_has_its_solo_runs_bits(
+    spec: dict[str, Any], qwen2: Path, uneven: Path, tmp_path: Path
+):
+    (job,) = read_jobs(jobs_file(tmp_path, qwen2, uneven, [spec]))
+    JobRun([job]).run()
+    assert_equal(tensors(tmp_path / "out" / job.name), solo(job, tmp_path / "solo"))
+
+
 def test_a_base_that_draws_gives_each_job_its_own_passes(uneven: Path, tmp_path: Path, capsys: Any):
     base = save_base(tmp_path / "base", "gpt2")
     specs = read_jobs(jobs_file(tmp_path, base, uneven, [SPECS[0], SPECS[1], SPECS[5]]))

@@ -94,7 +94,7 @@ class JobRun:
             try:
                 common_base([*self.specs, spec])
                 job = _start(spec, model, tokenizer)
-            except (TrainerError, AdapterError) as error:
+            except TrainerError as error:
                 self._fail(spec.name, str(error).removeprefix(f"jobs: {spec.name}: "))
             else:
                 if self._advance(job):
@@ -109,7 +109,7 @@ def _start(spec: JobSpec, model: Any, tokenizer: Any) -> Job:
     try:
         ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer))
         job = Job(spec.name, ready)
-    except TrainerError as error:
+    except (TrainerError, AdapterError) as error:
         shared.clear()
         shared.update(before)
         raise OptionError("jobs", f"{spec.name}: {error}") from None

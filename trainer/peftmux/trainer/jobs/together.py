@@ -28,7 +28,7 @@ class Together:
     A job that has a pass of its own ends with the bits of its solo run. In a shared pass the same sums are added up in
     another order, so that it differs by float32's rounding and by what the method makes of that (a router that chooses
     another expert, Adam on gradients near zero): measured up to 1e-5 for most methods after 20 steps at rates of 1e-2,
-    up to 1e-3 for mixtures, fusions and PiSSA. What a job draws is the same in both.
+    up to 1e-3 for mixtures and PiSSA. What a job draws is the same in both.
     """
 
     def __init__(self, model: Any, pad_id: int) -> None:

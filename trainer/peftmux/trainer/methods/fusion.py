@@ -71,7 +71,11 @@ class Member:
 
 
 class FusionChange(BranchChange):
-    """query, key: [D, D] near zero, value: [D, D] near the identity; the bottlenecks are constants."""
+    """query, key: [D, D] near zero, value: [D, D] near the identity; the bottlenecks are constants.
+
+    The key's bias adds the same to every score, which the softmax takes out again: its gradient is rounding alone,
+    which Adam would scale up, and it stays zero.
+    """
 
     def __init__(self, stream: Stream, bottlenecks: tuple[Bottleneck, ...], draws: torch.Generator) -> None:
         super().__init__(stream)
@@ -79,7 +83,8 @@ class FusionChange(BranchChange):
         width, where = bottlenecks[0].up.shape[0], bottlenecks[0].up.device
         for name in ("query", "key"):
             self.register_parameter(name, nn.Parameter((torch.randn(width, width, generator=draws) * 0.02).to(where)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(width, device=where)))
+            bias = nn.Parameter(torch.zeros(width, device=where), requires_grad=name == "query")
+            self.register_parameter(f"{name}_bias", bias)
         self.value = nn.Parameter(torch.full((width, width), 1e-6, device=where).fill_diagonal_(1.0))
 
     def part(self) -> Fusion:
