@@ -1,4 +1,4 @@
-"""LoRA over bases that bitsandbytes holds in 4 and 8 bits: PEFT's logits on the same base."""
+"""Adapters over bases held in 4 and 8 bits: PEFT's logits on plain layers of the weights that the bits stand for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from peftmux.adapters.float8 import adopt_float8
 from peftmux.adapters.quantised import dequantised, quantisation_config
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.runtime.engine.factory import EngineConfig, start_engine
 from peftmux.runtime.engine.observer import NullObserver
 from tests.engine.harness import ask_all, check_quiet, load, request
-
-pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `peftmux[test]` brings on Linux")
 
 IDS = [[5, 9, 17, 33, 60, 7], [44, 12, 80, 81, 82], [21, 22, 23, 24, 25, 26, 27, 28]]
 VOCABULARY = 96
@@ -27,12 +26,18 @@ ADAPTERS = {
         r=4, target_modules=["o_proj", "up_proj"], use_dora=True, task_type="CAUSAL_LM", init_lora_weights=False
     ),
     "some": LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
 }
+LIBRARIES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "fp8": "torchao"}
 
 
-@pytest.fixture(scope="module", params=["nf4", "int8"])
+@pytest.fixture(scope="module", params=list(LIBRARIES))
 def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(name, folder of a checkpoint saved quantised, folder of the plain one, adapter root)."""
+    """(name, folder): of a checkpoint saved quantised, of the plain one, and the root of adapters."""
+    library = LIBRARIES[request.param]
+    pytest.importorskip(library, reason=f"needs {library}, which `peftmux[test]` brings on Linux")
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -67,14 +72,23 @@ def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def stored(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
+    module = AutoModelForCausalLM.from_pretrained(
         folder / "quantised", device_map={"": "cpu"}, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    adopt_float8(module)
+    return module
 
 
 def base(folder: Path) -> Any:
     """Plain layers of the weights it stands for: bitsandbytes would round inputs too, of int8 and on CPUs of NF4."""
-    return stored(folder).dequantize()
+    module = stored(folder)
+    if module.config.quantization_config.quant_method != "torchao":
+        return module.dequantize()
+    plain = AutoModelForCausalLM.from_pretrained(folder / "plain", attn_implementation="eager").eval()
+    for name, weight in module.named_parameters():
+        if name.endswith("_proj.weight"):
+            plain.get_parameter(name).data = weight.qdata.float() * weight.scale  # type: ignore[attr-defined]
+    return plain
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 # Imported where it is installed, with a message where it is not.
-OPTIONAL = {"bitsandbytes", "pillow", "pyarrow"}
+OPTIONAL = {"bitsandbytes", "pillow", "pyarrow", "torchao"}
 
 
 def canonical(name: str) -> str:

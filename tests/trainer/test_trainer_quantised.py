@@ -25,8 +25,6 @@ from tests.trainer.lowered import lowered_logits
 from tests.trainer.method_runs import check_learns
 from tests.trainer.tiny_models import random_ids
 
-pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `peftmux[test]` brings on Linux")
-
 VOCABULARY = 260
 QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "logging_steps": 3}
 
@@ -36,7 +34,13 @@ class CutOff(TrainerCallback):
         raise KeyboardInterrupt
 
 
+def needs(quantization: str) -> None:
+    library = "torchao" if quantization == "fp8" else "bitsandbytes"
+    pytest.importorskip(library, reason=f"needs {library}, which `peftmux[test]` brings on Linux")
+
+
 def loaded(folder: Path, quantization: str) -> Any:
+    needs(quantization)
     module = load_checkpoint(str(folder), quantization=quantization, dtype=torch.float32)
     weights_stay_as_stored(module)
     return module
@@ -54,11 +58,25 @@ def gradients(model: Any, method: str, ids: torch.Tensor) -> dict[str, torch.Ten
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_gradients_are_those_over_the_dequantised_base(method: str, qwen2: Path) -> None:
-    """transformers' own dequantised model is the oracle."""
+def dequantised_base(folder: Path, quantization: str) -> Any:
+    """Plain layers of the same weights; transformers makes them of bitsandbytes' forms alone."""
+    module = loaded(folder, quantization)
+    if quantization != "fp8":
+        return module.dequantize()
+    plain = load_checkpoint(str(folder), dtype=torch.float32)
+    for name, weight in module.named_parameters():
+        if hasattr(weight, "qdata"):
+            plain.get_parameter(name).data = weight.qdata.float() * weight.scale
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [("lora", "nf4"), ("dora", "nf4"), ("layers", "nf4"), ("lora", "fp8"), ("dora", "fp8"), ("layers", "fp8")],
+)
+def test_gradients_are_those_over_the_dequantised_base(method: str, quantization: str, qwen2: Path) -> None:
     ids = random_ids(2, 12)
-    quantised, plain = loaded(qwen2, "nf4"), loaded(qwen2, "nf4").dequantize()
+    quantised, plain = loaded(qwen2, quantization), dequantised_base(qwen2, quantization)
     assert any(is_quantised(m) for m in quantised.modules())
     assert not any(is_quantised(m) for m in plain.modules())
     expected = gradients(plain, method, ids)
@@ -66,11 +84,14 @@ def test_gradients_are_those_over_the_dequantised_base(method: str, qwen2: Path)
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(("method", "quantization"), [("lora", "nf4"), ("dora", "nf4"), ("lora", "int8")])
+@pytest.mark.parametrize(
+    ("method", "quantization"), [("lora", "nf4"), ("dora", "nf4"), ("lora", "int8"), ("dora", "fp8")]
+)
 def test_a_run_learns_resumes_to_the_bit_and_loads(
     method: str, quantization: str, taught: Path, rows: Path, tmp_path: Path
 ) -> None:
     """With evaluations between: they must leave the weights as they are."""
+    needs(quantization)
     run: dict[str, Any] = {"model": taught, "data": rows, "eval_data": rows, "quantization": quantization}
     often = {**QUICK, "eval_strategy": "steps", "eval_steps": 2}
     train(method, **run, out=tmp_path / "whole", training=often)
@@ -89,6 +110,7 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(
 
 
 def test_qlora_is_lora_over_a_base_in_4_bits(qwen2: Path, rows: Path, tmp_path: Path) -> None:
+    needs("nf4")
     words = ["--model", str(qwen2), "--data", str(rows), "--max-steps", "3", "--disable-tqdm", "true"]
     words += ["--per-device-train-batch-size", "4"]
     assert main(["qlora", *words, "--out", str(tmp_path / "a")]) == 0
@@ -99,8 +121,9 @@ def test_qlora_is_lora_over_a_base_in_4_bits(qwen2: Path, rows: Path, tmp_path: 
     assert not all(torch.equal(first[name], plain[name]) for name in first)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])
 def test_it_learns_with_the_defaults(quantization: str, taught: Path, rows: Path, tmp_path: Path) -> None:
+    needs(quantization)
     check_learns("lora", taught, rows, tmp_path, options={"quantization": quantization})
 
 
@@ -110,15 +133,16 @@ def pefts_logprobs(module: Any, folder: Path, ids: torch.Tensor) -> torch.Tensor
     return logits[0].float().log_softmax(-1)
 
 
-@pytest.mark.parametrize(("quantization", "rounding"), [("nf4", 0.02), ("int8", 0.1)])
+@pytest.mark.parametrize(("quantization", "rounding"), [("nf4", 0.02), ("int8", 0.1), ("fp8", None)])
 async def test_what_was_trained_in_few_bits_is_served_with_pefts_numbers(
-    quantization: str, rounding: float, taught: Path, rows: Path, tmp_path: Path
+    quantization: str, rounding: float | None, taught: Path, rows: Path, tmp_path: Path
 ) -> None:
     """PEFT's over plain layers of the weights that the few bits stand for, to float32's rounding.
 
     Over bitsandbytes' own layers PEFT's differ by `rounding` in the mean: those of NF4 round to bfloat16 on some CPUs,
     those of int8 round a token's inputs to 8 bits, by outliers of the whole batch.
     """
+    needs(quantization)
     words = ["--model", str(taught), "--data", str(rows), "--max-steps", "20", "--disable-tqdm", "true"]
     words += ["--quantization", quantization, "--dtype", "float32", "--per-device-train-batch-size", "16"]
     for method in ("lora", "dora"):
@@ -137,9 +161,11 @@ async def test_what_was_trained_in_few_bits_is_served_with_pefts_numbers(
             plain[len(prompt)] = served
             continue
         folder = tmp_path / "served" / method
-        exact = pefts_logprobs(loaded(taught, quantization).dequantize(), folder, ids)[:-1]
+        exact = pefts_logprobs(dequantised_base(taught, quantization), folder, ids)[:-1]
         torch.testing.assert_close(served, exact, rtol=0, atol=1e-4, msg=method)
         assert (served - plain[len(prompt)]).abs().max() > 0.1, "the adapter would be invisible"
+        if rounding is None:
+            continue
         theirs = load_checkpoint(str(taught), quantization=quantization, dtype=torch.float32)
         apart = (served - pefts_logprobs(theirs, folder, ids)[:-1]).abs().mean()
         assert apart < rounding, method

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from peftmux.adapters.quantised import quantisation_config, weights_stay_as_stored
+from peftmux.adapters.quantised import is_quantised, quantisation_config, weights_stay_as_stored
+from peftmux.adapters.stored import accept_stored, strange_weights
 
 
 class UnusableCheckpoint(ValueError):
@@ -23,19 +24,23 @@ def load_checkpoint(
 
     quantization: one of QUANTISATIONS, to quantise a plain checkpoint while it is loaded.
 
-    transformers fills weights that a checkpoint lacks with random numbers and goes on; here they are an error. Raises
-    UnusableCheckpoint, or what transformers raises (OSError, ValueError, RuntimeError).
+    transformers fills weights that a checkpoint lacks with random numbers and goes on; here they are an error, as is a
+    checkpoint quantised in a form that is not known here. Raises UnusableCheckpoint, ImportError where a form's library
+    is missing, or what transformers raises (OSError, ValueError, RuntimeError).
     """
     if _looks_like_path(name) and not Path(name).is_dir():
         raise UnusableCheckpoint(f"expected a folder or a hub id, found no folder {name!r}")
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise UnusableCheckpoint(f"expected a decoder-only causal LM, {name!r} is an encoder-decoder")
+    try:
+        quantised = accept_stored(config, quantization) or quantization
+    except ValueError as error:
+        raise UnusableCheckpoint(f"{name!r}: {error}") from error
     if quantization is not None:
         dtype = options.get("dtype")
         compute = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
         options["quantization_config"] = quantisation_config(quantization, compute)
-    quantised = bool(quantization or getattr(config, "quantization_config", None))
     if quantised:  # quantised weights are made where they stay
         options["device_map"] = {"": device or torch.device("cpu")}
     loading: Any = AutoModelForCausalLM.from_pretrained(
@@ -51,6 +56,10 @@ def load_checkpoint(
             + (", ..." if len(missing) > 4 else "")
         )
     weights_stay_as_stored(model)
+    if strange := strange_weights(model):
+        raise UnusableCheckpoint(f"expected plain or known quantised weights in {name!r}, {strange[0]} is neither")
+    if quantization and not any(is_quantised(layer) for layer in model.modules()):
+        raise UnusableCheckpoint(f"expected linear layers that can be held in {quantization}, {name!r} has none")
     return model if quantised or device is None else model.to(device)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,12 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     module = COMMANDS[name][0]
+    _quieten()
     try:
         run: Callable[[Sequence[str]], int] = import_module(module).main
     except ModuleNotFoundError as error:
         extra = " (pip install 'peftmux[train]')" if name in ("train", "demo") else ""
         raise CommandError(f"needs the Python package {error.name!r}, which is not installed{extra}") from error
     return run
+
+
+def _quieten() -> None:
+    """transformers imports torchao wherever it is installed, which warns of each kernel library that finds no CUDA."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _guarded(name: str, run: Callable[[], int]) -> int:

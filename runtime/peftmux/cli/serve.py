@@ -150,7 +150,8 @@ def _add_engine(settings: Settings) -> None:
         "--quantization",
         choices=values.QUANTISATIONS,
         default=None,
-        help="quantise the base's linear layers while loading (bitsandbytes); checkpoints that are need no flag",
+        help="quantise the base's linear layers while loading (fp8 by torchao, the others by bitsandbytes); "
+        "checkpoints that are need no flag",
     )
     settings.add("--max-batch-tokens", metavar="N", type=values.positive, help="tokens of one step, all rows together")
     settings.add("--max-rows", metavar="N", type=values.positive, default=256, help="requests in a batch")

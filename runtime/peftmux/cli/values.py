@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTISATIONS = ("nf4", "int8")
+QUANTISATIONS = ("nf4", "int8", "fp8")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", re.IGNORECASE)
 

@@ -67,7 +67,7 @@ class RunOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "the base's dtype; auto: as stored. What is trained is always float32"}
     )
-    quantization: Literal["nf4", "int8"] | None = field(
+    quantization: Literal["nf4", "int8", "fp8"] | None = field(
         default=None, metadata={"help": "hold the base in 4 or 8 bits (QLoRA: lora with nf4)"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "as transformers' from_pretrained has it"})

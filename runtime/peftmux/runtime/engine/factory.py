@@ -54,7 +54,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str | None = None
-    """nf4 or int8: quantise the base's linear layers while loading (bitsandbytes)."""
+    """nf4, int8 (bitsandbytes) or fp8 (torchao): quantise the base's linear layers while loading."""
     max_batch_tokens: int | None = None
     """Tokens a step: 512 on the CPU, 2048 on a GPU."""
     max_rows: int = 256

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftmux.adapters.norms import norm_layers, vectors
+from peftmux.adapters.quantised import dequantised, is_quantised
 from peftmux.adapters.tables import table_scale
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part, scaled_part
@@ -49,8 +50,10 @@ class WholeChange(Change):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._module = (module,)  # no submodule: it is the base's
-        own = module.named_parameters(recurse=False)
-        self.values = nn.ParameterDict({name: nn.Parameter(p.detach().float().clone()) for name, p in own})
+        own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+        if is_quantised(module):
+            own["weight"] = dequantised(module)
+        self.values = nn.ParameterDict({name: nn.Parameter(p.float().clone()) for name, p in own.items()})
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         return dict(self.values.items())
