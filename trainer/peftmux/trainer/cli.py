@@ -115,14 +115,19 @@ def _run_jobs(argv: Sequence[str]) -> int:
         prog="peftmux train",
         description="Train many adapters on one base at once, each as in a run of its own: with the same data, draws "
         "and schedule, up to float32's rounding (about 1e-5 in the tensors after tens of steps; up to 1e-3 for "
-        "mixtures, fusions and pissa, which amplify it). A base that has dropout of its own gives each job its own "
+        "mixtures and pissa, which amplify it). A base that has dropout of its own gives each job its own "
         "passes, which gains no time.",
     )
     parser.add_argument("--jobs", metavar="FILE", required=True, help="YAML: defaults, and a list of jobs")
     parser.add_argument(
         "--watch", action="store_true", help="jobs added to the file meanwhile join, removed ones leave"
     )
-    parser.add_argument("--resume", action="store_true", help="leave out what is done, go on from checkpoints")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out what is done, go on from checkpoints: the "
+        "bits of the whole run where the jobs' checkpoints are of one round",
+    )
     args = parser.parse_args(argv)
     file = JobsFile(args.jobs)
     specs = resumed(file.read()) if args.resume else file.read()

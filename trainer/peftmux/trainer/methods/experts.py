@@ -83,11 +83,15 @@ class RoutedAdapter(AttachedAdapter):
         places = torch.arange(ids.shape[1] - labels.shape[1], ids.shape[1], device=ids.device)
         self._last = torch.where(labels[rows] != IGNORED, places, 0).amax(1)
 
-    def counted(self, rows: int, width: int) -> Tensor | None:
-        """[rows, width]: which tokens count; None where nothing is learned."""
-        if self._last is None or len(self._last) != rows:
+    def counted(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What a layer reads [rows, T, D] and which tokens count [rows, T]; None where nothing is learned.
+
+        x: [rows, T, D], or all tokens [rows * T, D], as some bases flatten them.
+        """
+        if self._last is None or (x.dim() == 3 and len(x) != len(self._last)):
             return None
-        return torch.arange(width, device=self._last.device) <= self._last[:, None]
+        x = x.reshape(len(self._last), -1, x.shape[-1])
+        return x, torch.arange(x.shape[1], device=x.device) <= self._last[:, None]
 
     def regulariser(self) -> Tensor | None:
         found: list[Any] = [getattr(change, "balance", None) for change in self.changes.values()]

@@ -38,7 +38,7 @@ class LoraMoeConfig(ExpertsConfig):
 
 
 class LoraMoeLinear(Change):
-    """A router [E, in] over `Experts`. y: [B, T, out], x: [B, T, in]."""
+    """A router [E, in] over `Experts`. y: [..., out], x: [..., in]."""
 
     balance: Tensor | None = None
 
@@ -56,8 +56,8 @@ class LoraMoeLinear(Change):
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
         if self.training:
-            counted = self.adapter[0].counted(x.shape[0], x.shape[1])
-            self.balance = None if counted is None else balance(self._shares(x), counted)
+            found = self.adapter[0].counted(x)
+            self.balance = None if found is None else balance(self._shares(found[0]), found[1])
         return apply_linear_part(y, x, self.part())
 
     def _shares(self, x: Tensor) -> Tensor:

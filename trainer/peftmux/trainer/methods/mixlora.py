@@ -73,8 +73,8 @@ class MixtureBlock(Change):
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
         if self.training:
-            counted = self.adapter[0].counted(x.shape[0], x.shape[1])
-            self.balance = None if counted is None else balance(x[counted], self.router)
+            found = self.adapter[0].counted(x)
+            self.balance = None if found is None else balance(found[0][found[1]], self.router)
         return self.mixed(x.flatten(0, -2)).view_as(y).to(y.dtype)
 
     def mixed(self, x: Tensor) -> Tensor:
