@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dpo": ("lora", {"loss": "dpo"}, {}),
 }
 """Method, options, training."""
+if find_spec("torchao"):  # which `peftmux[test]` brings on Linux
+    RUNS["float8"] = ("lora", {"quantization": "fp8"}, {})
 LAUNCH = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Float8Linear(nn.Linear):
@@ -48,6 +49,17 @@ def adopt_float8(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is nn.Linear and _is_weight_only(layer.weight):
             layer.__class__ = Float8Linear
+
+
+def keep_out_of_broadcasts(module: nn.Module) -> None:
+    """To be called of the module that is trained by several processes, with whatever wraps its layers in place.
+
+    Data-parallel training begins with one process sending its weights to the others. torchao's tensors cannot be sent,
+    and every process has read the same ones from the checkpoint.
+    """
+    names = [f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, Float8Linear)]
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 def _is_weight_only(weight: object) -> bool:

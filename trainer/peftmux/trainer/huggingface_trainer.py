@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from peftmux.adapters.float8 import keep_out_of_broadcasts
 from peftmux.trainer.checkpoints import CHECKPOINT_RUN, CHECKPOINT_TENSORS, check_same_run
 from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
@@ -37,6 +38,7 @@ class AdapterTrainer(Trainer):
         others too."""
         self.alone: Callable[[], AbstractContextManager[None]] = nullcontext
         """Within it this Trainer's own passes are made, those of an evaluation."""
+        keep_out_of_broadcasts(kwargs["model"])
         with _known_to_have_adapters(kwargs["model"]):
             super().__init__(**kwargs)
         if preference is not None:
