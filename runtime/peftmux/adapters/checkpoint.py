@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peftmux.adapters.quantised import is_quantised, quantisation_config, weights_stay_as_stored
-from peftmux.adapters.stored import accept_stored, strange_weights
+from peftmux.adapters.stored import accept_stored, made_plain, strange_weights
 
 
 class UnusableCheckpoint(ValueError):
@@ -56,6 +56,8 @@ def load_checkpoint(
             + (", ..." if len(missing) > 4 else "")
         )
     weights_stay_as_stored(model)
+    if quantised and not any(is_quantised(layer) for layer in model.modules()):
+        made_plain(model)
     if strange := strange_weights(model):
         raise UnusableCheckpoint(f"expected plain or known quantised weights in {name!r}, {strange[0]} is neither")
     if quantization and not any(is_quantised(layer) for layer in model.modules()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.quantised import is_quantised, require_library
@@ -37,6 +38,15 @@ def accept_stored(config: Any, asked: str | None) -> str | None:
         known = ", ".join((*_HELD, *_DEQUANTISED.values()))
         raise ValueError(f"expected plain weights or one of {known} (fp8: torchao's weight-only), got {form}")
     return form
+
+
+@torch.no_grad()
+def made_plain(model: Any) -> None:
+    """Give weights that were dequantised to bfloat16 (older releases of transformers do) the dtype of the others."""
+    dtype = model.get_input_embeddings().weight.dtype
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16 != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _form(stored: Mapping[str, Any]) -> str:
