@@ -28,7 +28,7 @@ from peftmux.trainer.data import (
 )
 from peftmux.trainer.data.lengths import Lengths
 from peftmux.trainer.errors import DataError, OptionError, TrainerError
-from peftmux.trainer.estimate import estimate_run, resident
+from peftmux.trainer.estimate import estimate_run
 from peftmux.trainer.export import export_adapter, publish
 from peftmux.trainer.heads import HeadedAdapter, TaskHead
 from peftmux.trainer.host import Host
@@ -72,13 +72,12 @@ def run_training(
 
     Nothing is at `options.out` before the run has succeeded. Raises TrainerError for bad options or data.
     """
-    idle = resident()
     ready = prepare(method, options, config, training, lambda: load_base(options))
     first = ready.args.process_index == 0
     if first:
         print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
     if options.dry_run:
-        estimate = estimate_run(ready, idle)
+        estimate = estimate_run(ready)
         if first:
             print(estimate.text(), file=sys.stderr)
         metrics = estimate.metrics()

@@ -1,6 +1,5 @@
 """What a run will hold in memory and how long it will take, from a few steps of it."""
 
 from peftmux.trainer.estimate.estimate import Estimate, estimate_run
-from peftmux.trainer.estimate.resident import resident
 
-__all__ = ["Estimate", "estimate_run", "resident"]
+__all__ = ["Estimate", "estimate_run"]

@@ -1,23 +1,25 @@
 """`--dry-run`: a few steps of the run itself, on its model with its method, tell what the whole run will take.
 
-First tiny steps, whose tensors tell those of every batch that the run will have (`fit`). Then, on Linux and on a CPU,
-some steps at the largest of these batches, where memory allows it, because the process holds more than its tensors
-(`resident`): the estimate is what the system counts, over the process as it was before the base was loaded.
+First tiny steps, whose tensors tell those of every batch that the run will have (`fit`). Then, on Linux, in one process
+on a CPU, and where memory allows it, some of the run's own steps with the largest of these batches among them, in a
+process of its own (`fresh`), because a process holds more than its tensors (`resident`): the estimate is what the
+system counts above a process that has only imported things.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from peftmux.trainer.estimate.fit import SINGLE, SMALL, Shape, StepMemory
+from peftmux.trainer.estimate.fresh import fresh_peak
 from peftmux.trainer.estimate.probe import Probe
 from peftmux.trainer.estimate.resident import available
 from peftmux.trainer.prepared import Prepared
 
 _ROOM = 1.6
 """Times the tensors' bytes that must be free before a step is tried."""
+_TRIED = (6, 10, 6.0)
+"""Of the run's steps at least and at most so many, and within these bounds so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class Estimate:
     are alive at the peak; these five are `alive`. overhead: what else the process holds then, beside what it held
     before it had the base: holes of the C library's heap, workspaces of kernels, code that is loaded when it is first
     needed; less the weights that no batch reads (of an embedding that lies in a mapped file, the rows of other words).
-    None where it is not known, as on other devices than a CPU: then `peak` is `alive`.
+    None where it is not known, as on other devices than a CPU or of several processes: then `peak` is `alive`. Over
+    many steps it grows somewhat, above all in bfloat16 where batches have ever new sizes.
 
     steps: optimiser steps of the run; seconds: of one of them, None where it was not tried because memory would not
     have been enough. Not counted: an evaluation's larger batches, and what callbacks and loggers hold.
@@ -73,11 +76,8 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate_run(ready: Prepared, idle: int | None = None) -> Estimate:
-    """Run a few steps and put the adapter back as it was.
-
-    idle: the process's resident bytes before it had the base; None: only tensors are counted.
-    """
+def estimate_run(ready: Prepared) -> Estimate:
+    """Run a few steps, here and in a process of its own, and put the adapter back as it was."""
     before = {name: tensor.clone() for name, tensor in ready.adapter.state().items()}
     probe = Probe(ready)
     try:
@@ -86,7 +86,7 @@ def estimate_run(ready: Prepared, idle: int | None = None) -> Estimate:
         batch = memory.largest(probe.shapes)
         alive = memory.peak(batch)
         seconds = probe.seconds() if alive < available(ready.model.device) else None
-        overhead = _overhead(probe, memory, batch, idle, ready.model.device)
+        overhead = _overhead(probe, memory, batch, ready, seconds)
     finally:
         ready.adapter.restore(before)
         ready.model.zero_grad(set_to_none=True)
@@ -107,17 +107,19 @@ def estimate_run(ready: Prepared, idle: int | None = None) -> Estimate:
     )
 
 
-def _overhead(probe: Probe, memory: StepMemory, batch: Shape, idle: int | None, device: torch.device) -> int | None:
-    """What the process holds at its peak beside tensors and `idle`; from fewer rows where all of them do not fit."""
-    if idle is None or device.type != "cpu":
+def _overhead(probe: Probe, memory: StepMemory, batch: Shape, ready: Prepared, seconds: float | None) -> int | None:
+    """What the process holds at its peak beside tensors; from fewer rows where all of them do not fit."""
+    device = ready.model.device
+    if device.type != "cpu" or ready.args.world_size > 1:
         return None
     tried = batch
     while memory.peak(tried) * _ROOM > available(device):
         if tried.rows == 1:
             return None
         tried = tried._replace(rows=tried.rows // 2)
-    measured = probe.resident_peak(tried)
+    least, most, wanted = _TRIED
+    measured = fresh_peak(ready, tried, max(least, min(most, round(wanted / (seconds or wanted)))))
     if measured is None:
         return None
     share = (memory.peak(batch) - probe.weights) / max(memory.peak(tried) - probe.weights, 1)
-    return round((measured - idle - memory.peak(tried)) * share)
+    return round((measured - memory.peak(tried)) * share)

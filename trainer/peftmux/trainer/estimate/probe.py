@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,14 +17,11 @@ from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE
 from peftmux.trainer.estimate.fit import SMALL, Shape
 from peftmux.trainer.estimate.live import LiveBytes, StepWatch
-from peftmux.trainer.estimate.resident import peak_while
 from peftmux.trainer.options import NEXT_TOKEN
 from peftmux.trainer.prepared import Prepared, make_trainer, run_features
 
 _BATCHES = 1000
 """Of the run's batches, in their order, as many are looked at."""
-_TRIED = (3, 8, 5.0)
-"""At the run's largest batch: at least and at most so many steps, and within these bounds so many seconds."""
 
 
 class Probe:
@@ -42,7 +39,10 @@ class Probe:
         probe = dataclasses.replace(ready, args=args)
         self._trainer = make_trainer(probe, [self._watch], self._features(SMALL[0]))
         self.weights = self._live.hold([*ready.model.parameters(), *ready.model.buffers()])
-        self.shapes, self.steps = self._real()
+        args = ready.args
+        self._per_epoch = max(math.ceil(len(self._loader()) / args.gradient_accumulation_steps), 1)
+        self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self._per_epoch)
+        self.shapes = [_shape(batch) for batch in self._batches()]
 
     def line(self, wanted: Shape) -> tuple[Shape, list[int]]:
         """A batch's size as it came out, and live bytes after each operation of a step over it."""
@@ -58,14 +58,22 @@ class Probe:
         self._run(shape, self._ready.args.per_device_train_batch_size)
         return self._watch.seconds * self._ready.args.gradient_accumulation_steps / self._accumulate
 
-    def resident_peak(self, shape: Shape) -> int | None:
-        """The process's resident bytes at their highest over some steps at this size; None where nobody counts them."""
-        least, most, seconds = _TRIED
-        self._trainer.args.max_steps = 1
-        self._run(shape, shape.rows)
-        steps = max(least, min(most, round(seconds / self._watch.seconds)))
+    def some_steps(self, largest: Shape, steps: int) -> None:
+        """The run's first steps, with a batch of this size among them; of made up batches where the run has none such.
+
+        What rows hold decides which experts a token goes to, and batches of many sizes make more holes.
+        """
+        count = min(steps, self.steps) * self._accumulate
+        batches = list(itertools.islice(self._batches(), count))
+        if largest not in map(_shape, batches):
+            batches[-1:] = (batch for batch in self._batches() if _shape(batch) == largest)
         self._trainer.args.max_steps = min(steps, self.steps)
-        return peak_while(lambda: self._run(shape, shape.rows))
+        if len(batches) < count:
+            self._run(largest, largest.rows)
+            return
+        self._trainer.data_collator, self._trainer.train_dataset = _only, batches[:count]
+        self._trainer.args.per_device_train_batch_size = self._trainer._train_batch_size = 1
+        self._trainer.train()
 
     def optimizer_bytes(self) -> int:
         optimizer = self._trainer.optimizer
@@ -99,8 +107,15 @@ class Probe:
             return [{"pair": [row, row], "input_ids": ids, REFERENCE: [0.0, 0.0], DESIRABLE: True}]
         return [row]
 
-    def _real(self) -> tuple[list[Shape], int]:
-        """The sizes of the run's first batches, in its own order, and how many steps it has."""
+    def _batches(self) -> Iterator[Mapping[str, Any]]:
+        """The run's first batches, in its own order."""
+        loader = self._loader()
+        args = self._ready.args
+        epochs, rest = divmod(self.steps, self._per_epoch)
+        count = min(epochs * len(loader) + rest * args.gradient_accumulation_steps, _BATCHES)
+        return itertools.islice(_epochs(loader), count)
+
+    def _loader(self) -> Any:
         args, trainer = self._ready.args, self._trainer
         features = run_features(self._ready, self._ready.data)
         for feature in features:
@@ -110,11 +125,12 @@ class Probe:
         trainer.train_dataset, trainer._train_batch_size = features, args.train_batch_size
         loader = trainer.get_train_dataloader()
         trainer.args = own
-        per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-        epochs, rest = divmod(steps, per_epoch)
-        count = min(epochs * len(loader) + rest * args.gradient_accumulation_steps, _BATCHES)
-        return [_shape(batch) for batch in itertools.islice(_epochs(loader), count)], steps
+        return loader
+
+
+def _only(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    (batch,) = batches
+    return dict(batch)
 
 
 def _epochs(loader: Any) -> Iterator[Mapping[str, Any]]:

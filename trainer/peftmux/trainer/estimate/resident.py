@@ -8,32 +8,17 @@ in a file count only where they were read: of an embedding table the rows that w
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-_SELF = Path("/proc/self")
 _GROUP = Path("/sys/fs/cgroup")
 
 
 def resident(field: str = "VmRSS") -> int | None:
-    """Bytes: "VmRSS" now, "VmHWM" at the highest since `peak_while` last began."""
-    return _kilobytes(_SELF / "status", field)
-
-
-def peak_while(work: Callable[[], object]) -> int | None:
-    """The resident bytes' peak while `work` runs, which begins with an unused heap given back."""
-    with contextlib.suppress(AttributeError, OSError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        (_SELF / "clear_refs").write_text("5")  # the highest counts from here
-    except OSError:
-        return None
-    work()
-    return resident("VmHWM")
+    """Bytes: "VmRSS" now, "VmHWM" at the highest since the process began."""
+    return _kilobytes(Path("/proc/self/status"), field)
 
 
 def available(device: torch.device) -> int:
