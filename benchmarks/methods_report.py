@@ -19,7 +19,7 @@ from benchmarks.methods_cases import (
     cases,
 )
 from benchmarks.methods_plot import Point, plot
-from benchmarks.methods_reasons import REASONS
+from benchmarks.methods_reasons import RATES, REASONS
 
 Record = Mapping[str, Any]
 Records = dict[tuple[str, str, str], dict[str, Any]]
@@ -65,7 +65,7 @@ def write_report(records: Records, device: str, docs: Path) -> str:
     docs.mkdir(parents=True, exist_ok=True)
     measured = f"Measured on: {device}.\n"
     picture = "![Accuracy against trained parameters](methods.svg)\n"
-    page = "\n".join([INTRODUCTION, measured, picture, *sections, _reasons(records), _left_out(records)])
+    page = "\n".join([INTRODUCTION, measured, picture, *sections, _reasons(records), RATES, _left_out(records)])
     (docs / "methods.md").write_text(page, encoding="utf-8")
     panels = {f"{base}, {SIZES[base]}: {TOLD}": _points(base, records) for base in bases}
     (docs / "methods.svg").write_text(plot(panels, "trained parameters", "exact answers"), encoding="utf-8")

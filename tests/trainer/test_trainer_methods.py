@@ -270,3 +270,25 @@ def test_a_base_that_ignores_its_past_is_refused_for_prefixes():
     config = MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(OptionError, match="expected a base with attention layers"):
         attach("prefix", AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize(
+    ("method", "width", "least", "most"),
+    [
+        ("pfeiffer", 1024, 3e-5, 3e-3),  # what Houlsby et al. try on BERT large (arXiv 1902.00751)
+        ("pfeiffer", 4096, 1e-4, 5e-4),  # 3e-4 in Hu et al. (arXiv 2304.01933)
+        ("pfeiffer", 32, 1e-3, 1e-2),
+        ("fusion", 768, 5e-5, 2e-4),  # AdapterHub's example has 5e-5
+        ("fusion", 32, 1e-3, 5e-3),
+        ("ln", 4096, 1e-3, 1e-2),
+        ("ln", 32, 1e-2, 7e-2),
+        ("diffpruning", 4096, 2e-5, 3e-4),
+        ("diffpruning", 32, 1e-3, 1e-2),
+    ],
+)
+def test_default_rates_of_wide_bases_are_the_literatures(method: str, width: int, least: float, most: float):
+    """Narrow bases learn with more, up to what they bear."""
+    chosen = METHODS[method]
+    config = chosen.config_class(**({"adapters": ["a", "b"]} if method == "fusion" else {}))
+    assert least <= chosen.default_rate(config, width) <= most
+    assert chosen.default_rate(config, width) <= chosen.default_rate(config, width // 2)

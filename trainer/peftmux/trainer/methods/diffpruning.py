@@ -24,7 +24,6 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes, weight_out_in
-from peftmux.trainer.methods.lora import default_learning_rate
 from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 LOWER, UPPER = -1.5, 1.5
@@ -207,5 +206,6 @@ DIFFPRUNING = Method(
     summary="a sparse difference to the weights, found by training",
     config_class=DiffPruningConfig,
     attach=_attach,
-    learning_rate=lambda hidden_size: 2 * default_learning_rate(hidden_size),
+    # 2.4e-4 at width 4096: falls as whole matrices' does (`layers`), from more, for few entries do what all do there.
+    learning_rate=lambda hidden_size: min(1e-2, 1 / hidden_size),
 )
