@@ -126,6 +126,10 @@ BAD: dict[str, tuple[Any, str]] = {
         [{"name": "a", "method": "lora", "out": "x"}, {"name": "b", "method": "ln", "out": "x"}],
         "each out",
     ),
+    "one folder of checkpoints": (
+        [{"name": n, "method": "ln", "output_dir": "ck"} for n in ("a", "b")],
+        r"job 2: expected each output_dir once, got 'ck' twice",
+    ),
 }
 
 
@@ -227,13 +231,47 @@ def test_a_sweep_chooses_as_solo_runs_would(qwen2: Path, few: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("sweep", "message"),
-    [("r=4", "different values"), ("r", "NAME=V1"), ("r=4,4", "different values"), ("rank=4,8", "no such option")],
+    [
+        ("r=4", "different values"),
+        ("r", "NAME=V1"),
+        ("r=4,4", "different values"),
+        ("r=4,04", "expected different values, got 4 and 04"),
+        ("rank=4,8", "no such option"),
+        ("output-dir=a,b", "output-dir is the same for all"),
+    ],
 )
 def test_bad_sweeps_are_refused(sweep: str, message: str, qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
     words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(few), "--out", str(tmp_path / "a")]
     assert main([*words, "--sweep", sweep]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_one_checkpoint_folder_given_to_many_is_one_for_each(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    """Also where a value is a path. Early stopping comes back to a checkpoint, which must be the value's own."""
+    words = [
+        "lora",
+        "--model",
+        str(qwen2),
+        "--data",
+        str(few),
+        "--eval-data",
+        str(few),
+        "--early-stopping-patience",
+        "1",
+    ]
+    words += ["--max-steps", "6", "--eval-steps", "2", "--output-dir", str(tmp_path / "ck"), "--disable-tqdm", "true"]
+    other = write_rows(tmp_path / "other.jsonl", copy_task(8, seed=3))
+    words += ["--learning-rate", "3e-2", "--out", str(tmp_path / "a")]
+    assert main([*words, "--sweep", f"data={few},{other}"]) == 0
+    table = capsys.readouterr().out
+    assert "No such file" not in table
+    assert len([line for line in table.splitlines() if str(tmp_path / "other.jsonl") in line.split()]) == 1
+    assert {path.name for path in (tmp_path / "ck").iterdir()} == {"0", "1"}
+    assert main([*words, "--overwrite", "--ensemble", "2", "--out", str(tmp_path / "b")]) == 0
+    specs = [{**SPECS[0], "name": name, "out": str(tmp_path / name)} for name in ("c", "d")]
+    jobs = read_jobs(jobs_file(tmp_path, qwen2, few, specs, output_dir=str(tmp_path / "ck")))
+    assert [job.training["output_dir"] for job in jobs] == [str(tmp_path / "ck" / name) for name in ("c", "d")]
 
 
 def test_an_ensemble_is_its_members_solo_runs(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):

@@ -115,8 +115,8 @@ def _run_jobs(argv: Sequence[str]) -> int:
         prog="peftmux train",
         description="Train many adapters on one base at once, each as in a run of its own: with the same data, draws "
         "and schedule, up to float32's rounding (about 1e-5 in the tensors after tens of steps; up to 1e-3 for "
-        "mixtures and pissa, which amplify it). A base that has dropout of its own gives each job its own "
-        "passes, which gains no time.",
+        "mixtures and pissa, which amplify it; more after hundreds). A base that has dropout of its own gives each "
+        "job its own passes, which gains no time.",
     )
     parser.add_argument("--jobs", metavar="FILE", required=True, help="YAML: defaults, and a list of jobs")
     parser.add_argument(

@@ -19,7 +19,7 @@ from typing import Any
 
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.export import publish
-from peftmux.trainer.jobs.file import JobSpec, job_spec
+from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.loop import TrainResult
 from peftmux.trainer.outputs import check_out
@@ -60,7 +60,7 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
     shutil.rmtree(work, ignore_errors=True)
     plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
     try:
-        own = [{**plain, "seed": seed + i, "out": str(work / str(i))} for i in range(count)]
+        own = [{**in_folder(plain, work, str(i)), "seed": seed + i} for i in range(count)]
         run = JobRun([job_spec(str(i), spec.method.name, o, "--ensemble") for i, o in enumerate(own)])
         results = run.run()
         if run.failed:

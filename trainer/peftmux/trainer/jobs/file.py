@@ -99,7 +99,12 @@ def read_jobs(path: str | Path) -> list[JobSpec]:
         raise OptionError("jobs", f"{path}: defaults: expected options by name, found {type(defaults).__name__}")
     where = [f"{path}:{line}: job {i}" for i, line in enumerate(_job_lines(tree), start=1)]
     specs = [_job(at, entry, defaults) for at, entry in zip(where, content["jobs"], strict=True)]
-    for what, values in (("name", [s.name for s in specs]), ("out", [str(Path(s.options.out)) for s in specs])):
+    of_each = {
+        "name": [spec.name for spec in specs],
+        "out": [str(Path(spec.options.out)) for spec in specs],
+        "output_dir": [str(_checkpoints(spec)) for spec in specs],
+    }
+    for what, values in of_each.items():
         for index, value in enumerate(values):
             if value in values[:index]:
                 raise OptionError("jobs", f"{where[index]}: expected each {what} once, got {value!r} twice")
@@ -117,6 +122,8 @@ def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
         raise OptionError("jobs", f"{where}: expected options by name, found {type(entry).__name__}")
     given = {str(k).replace("-", "_"): v for options in (defaults, entry) for k, v in options.items()}
     name, method = given.pop("name", None), given.pop("method", None)
+    if isinstance(name, str) and "output_dir" in defaults.keys() - entry.keys():
+        given["output_dir"] = str(Path(str(given["output_dir"])) / name)
     if not isinstance(name, str) or not name or not isinstance(method, str):
         raise OptionError("jobs", f"{where}: expected a name and a method, got {name!r} and {method!r}")
     try:
@@ -128,6 +135,18 @@ def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
     except OptionError as error:
         raise OptionError("jobs", f"{where} ({name}): {error}") from None
     return spec
+
+
+def in_folder(given: Mapping[str, Any], work: Path, name: str) -> dict[str, Any]:
+    """One job's options of several that are given the same: its adapter below `work`, its checkpoints apart."""
+    own = {**given, "out": str(work / name)}
+    if "output_dir" in given:
+        own["output_dir"] = str(Path(given["output_dir"]) / name)
+    return own
+
+
+def _checkpoints(spec: JobSpec) -> Path:
+    return Path(spec.training.get("output_dir") or f"{spec.options.out}.checkpoints")
 
 
 def job_spec(name: str, method: str, given: Mapping[str, Any], where: str) -> JobSpec:
@@ -159,8 +178,7 @@ def resumed(specs: Sequence[JobSpec]) -> list[JobSpec]:
             if spec.options.publish and not is_published(out, spec.options.publish):
                 publish(out, spec.options.publish)
             continue
-        folder = Path(spec.training.get("output_dir") or f"{out}.checkpoints")
-        resume = newest_checkpoint(folder) is not None
+        resume = newest_checkpoint(_checkpoints(spec)) is not None
         left.append(replace(spec, options=replace(spec.options, resume=resume)))
     return left
 

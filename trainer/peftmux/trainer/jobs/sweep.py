@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftmux.adapters.writer import write_files
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.export import publish
-from peftmux.trainer.jobs.file import JobSpec, job_spec
+from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.loop import TrainResult
 from peftmux.trainer.outputs import check_out
+
+_FIXED = frozenset(("out", "output_dir", "logging_dir", "eval_data", "publish", "overwrite", "resume", "dry_run"))
+"""Options of the sweep as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +57,18 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
     shutil.rmtree(work, ignore_errors=True)
     plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}
     try:
-        specs = [job_spec(v, spec.method.name, {**plain, option: v, "out": str(work / v)}, "--sweep") for v in values]
-        run = JobRun(specs)
+        specs = {
+            value: job_spec(value, spec.method.name, {**in_folder(plain, work, str(i)), option: value}, "--sweep")
+            for i, value in enumerate(values)
+        }
+        _check_different(specs)
+        run = JobRun(list(specs.values()))
         results = run.run()
         best = min(results, key=lambda value: _score(results[value]), default="")
         if not results or _score(results[best]) == math.inf:
             lost = {value: f"eval loss {result.metrics['eval_loss']}" for value, result in results.items()} | run.failed
             raise TrainerError("no value is left: " + "; ".join(f"{option}={v}: {why}" for v, why in lost.items()))
-        kept = work / best
+        kept = Path(specs[best].options.out)
         write_files(out, {str(f.relative_to(kept)): f.read_bytes() for f in kept.rglob("*") if f.is_file()})
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -75,11 +82,24 @@ def _score(result: TrainResult) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
+def _check_different(specs: Mapping[str, JobSpec]) -> None:
+    """Raises OptionError where two values are written differently and mean the same."""
+    seen: list[tuple[Any, ...]] = []
+    for value, spec in specs.items():
+        training = {name: given for name, given in spec.training.items() if name != "output_dir"}
+        means = (spec.config, replace(spec.options, out="any"), training)
+        if means in seen:
+            raise OptionError("sweep", f"expected different values, got {list(specs)[seen.index(means)]} and {value}")
+        seen.append(means)
+
+
 def _parse(spec: JobSpec) -> tuple[str, list[str]]:
     option, _, text = (spec.options.sweep or "").partition("=")
     option, values = option.strip().replace("-", "_"), [v.strip() for v in text.split(",") if v.strip()]
     if not option or len(set(values)) != len(values) or len(values) < 2:
         raise OptionError("sweep", f"expected NAME=V1,V2,... with different values, got {spec.options.sweep!r}")
+    if option in _FIXED:
+        raise OptionError("sweep", f"{option.replace('_', '-')} is the same for all values")
     if not spec.options.eval_data:
         raise OptionError("sweep", "needs rows to choose by: give --eval-data")
     return option, values
