@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
-from peftmux.trainer import train
+from peftmux.trainer import OptionError, train
 from peftmux.trainer.estimate.fit import Shape, StepMemory
 from peftmux.trainer.estimate.live import LiveBytes
 from tests.trainer.tiny_models import COMMON, HEADS, build_tokenizer, copy_task, save_base, write_rows
@@ -145,3 +145,9 @@ def test_a_peak_may_move_with_the_size():
     assert memory.peak(Shape(8, 500, 100)) == pytest.approx(8 * 500**2 + 8 * 8 * 100, abs=2)
     assert memory.largest([Shape(1, 30, 2), Shape(3, 20, 2), Shape(2, 8, 8)]) == Shape(3, 20, 2)
     assert not StepMemory(shapes, [[1, 2], *lines[1:]]).exact
+
+
+@pytest.mark.parametrize("other", [{"sweep": "r=2,4"}, {"ensemble": 2}])
+def test_several_runs_at_once_are_not_estimated(other: dict[str, Any], qwen2: Path, rows: Path, tmp_path: Path):
+    with pytest.raises(OptionError, match="dry-run"):
+        train("lora", model=qwen2, data=rows, out=tmp_path / "a", dry_run=True, **other)

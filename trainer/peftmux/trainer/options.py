@@ -90,7 +90,9 @@ class RunOptions:
     publish: str | None = field(
         default=None, metadata={"help": "also put the adapter, in one step, into this folder that a server watches"}
     )
-    dry_run: bool = field(default=False, metadata={"help": "only print what would be trained"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "train nothing: print what would be trained, the memory and the time it takes"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "out", "eval_data", "publish"):
@@ -111,6 +113,8 @@ class RunOptions:
             raise OptionError("ensemble", "trains, and one value of every option: not with --sweep or --dry-run")
         if self.resume and (self.ensemble is not None or self.sweep is not None):
             raise OptionError("resume", "goes on with one run: not with --sweep or --ensemble")
+        if self.sweep is not None and self.dry_run:
+            raise OptionError("dry-run", "is for a run of its own: not with --sweep")
         if self.labels is not None and self.task == "generation":
             raise OptionError("labels", "are a classifier's: give --task sequence or --task token")
         if self.loss != NEXT_TOKEN and self.task != "generation":

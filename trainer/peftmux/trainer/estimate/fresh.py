@@ -47,12 +47,13 @@ def main() -> None:
 
     name, options, config, training, largest, steps = pickle.load(sys.stdin.buffer)
     idle = resident()
-    with tempfile.TemporaryDirectory() as out, contextlib.suppress(TrainerError):  # of steps that diverge
+    with tempfile.TemporaryDirectory() as out:
         options = dataclasses.replace(options, out=out, publish=None)
         ready = prepare(get_method(name), options, config, training, lambda: load_base(options))
         Probe(ready).some_steps(Shape(*largest), steps)
         ready.adapter.training_ended()
-        finish(ready, {})
+        with contextlib.suppress(TrainerError):  # of steps that diverged
+            finish(ready, {})
     peak = resident("VmHWM")
     print("\n", "unknown" if peak is None or idle is None else peak - idle)
 
