@@ -14,6 +14,8 @@ from peftmux.trainer.options import RunOptions
 
 CHECKPOINT_TENSORS = CHECKPOINT_FILE
 CHECKPOINT_RUN = "run.json"
+CHECKPOINT_LOSS = "loss_so_far"
+"""In the file of the run; nothing that runs have to share."""
 CHECKPOINT_LAST = "trainer_state.json"
 """transformers writes it last: a checkpoint without it, or with half of it, was cut off."""
 _LOOP = ("optimizer.pt", "scheduler.pt")

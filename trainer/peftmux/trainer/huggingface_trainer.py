@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from peftmux.adapters.float8 import keep_out_of_broadcasts
-from peftmux.trainer.checkpoints import CHECKPOINT_RUN, CHECKPOINT_TENSORS, check_same_run
+from peftmux.trainer.checkpoints import CHECKPOINT_LOSS, CHECKPOINT_RUN, CHECKPOINT_TENSORS, check_same_run
+from peftmux.trainer.length_groups import EpochLengthSampler
 from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
 
@@ -43,7 +44,10 @@ class AdapterTrainer(Trainer):
             super().__init__(**kwargs)
         if preference is not None:
             self.model_accepts_loss_kwargs = False  # a mean over rows, not a sum over the step's learned tokens
+        self._lengths: EpochLengthSampler | None = None
+        self._went_on_from: Path | None = None
         self.add_callback(AdapterSteps(adapter))
+        self.add_callback(_LossSoFar(self))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(PlainLog())
@@ -96,16 +100,73 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.preference is not None and "loss" in logs:
             logs = {**logs, **self.preference.metrics()}
+        if "train_loss" in logs:  # transformers' is that of the steps after a resume; it returns this dict as metrics
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if str(self.args.train_sampling_strategy) != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self._lengths = EpochLengthSampler(batch, [len(row["input_ids"]) for row in rows], seed)
+        return self._lengths
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where the checkpoint is of a run's end: transformers would make one step more."""
+        if self._ended():
+            self.control.should_training_stop = True
+            return
+        if self._lengths is not None:
+            self._lengths.epoch = kwargs["epoch"]
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _ended(self) -> bool:
+        stopped = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in self._early_stopping())
+        return stopped or self.state.global_step >= self.state.max_steps
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+    def _load_callback_state(self) -> None:
+        """Early stopping goes on counting, with the patience given now; no other callback of transformers' counts."""
+        super()._load_callback_state()
+        callbacks = self._early_stopping()
+        if callbacks and not self.args.restore_callback_states_from_checkpoint:
+            states: Any = self.state.stateful_callbacks
+            stored = states.setdefault(type(callbacks[0]).__name__, {})
+            for callback, state in zip(callbacks, stored if isinstance(stored, list) else [stored], strict=False):
+                count = state.get("attributes", {}).get("early_stopping_patience_counter", 0)
+                callback.early_stopping_patience_counter = count
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in self.adapter.state().items()}, folder / CHECKPOINT_TENSORS)
-        (folder / CHECKPOINT_RUN).write_text(json.dumps(self.run))
+        (folder / CHECKPOINT_RUN).write_text(json.dumps({**self.run, CHECKPOINT_LOSS: self._loss_so_far()}))
+
+    def _loss_so_far(self) -> dict[str, float]:
+        """The sums that transformers keeps out of its checkpoints: of the logged steps, and of those after them."""
+        return {
+            "logged": self._total_loss_scalar,
+            "pending": float(self._tr_loss),
+            "step_logged": self._globalstep_last_logged,
+        }
+
+    def restore_loss(self) -> None:
+        """After the Trainer has set its sums to 0. A checkpoint without the sums leaves them so."""
+        if self._went_on_from is None:
+            return
+        sums = json.loads((self._went_on_from / CHECKPOINT_RUN).read_text()).get(CHECKPOINT_LOSS)
+        if sums is not None:
+            self._total_loss_scalar = sums["logged"]
+            self._tr_loss += sums["pending"]
+            self._globalstep_last_logged = sums["step_logged"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_run(Path(resume_from_checkpoint), self.run)
+        self._went_on_from = Path(resume_from_checkpoint)
         self._restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -141,6 +202,16 @@ class AdapterSteps(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._adapter.after_step(state.global_step, state.max_steps)
+
+
+class _LossSoFar(TrainerCallback):
+    """A resumed run's mean loss is that of all of its steps."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.restore_loss()
 
 
 class PlainLog(TrainerCallback):

@@ -1,0 +1,89 @@
+"""A run that was cut off and resumed ends as if it had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from peftmux.trainer import train
+from peftmux.trainer.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.loop import TrainResult
+from tests.trainer.method_runs import QUICK, assert_equal, tensors
+from tests.trainer.tiny_models import copy_task, write_rows
+
+SAVES = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+
+
+class CutOff(TrainerCallback):
+    """Ends the run once the checkpoint of a step is written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.seen[state.global_step] = logs["loss"]
+
+
+def check_goes_on(run: dict[str, Any], folder: Path, cut_at: int) -> TrainResult:
+    whole_log, cut_log = Losses(), Losses()
+    whole = train("lora", **run, out=folder / "whole", callbacks=[whole_log])
+    with pytest.raises(KeyboardInterrupt):
+        train("lora", **run, out=folder / "cut", callbacks=[CutOff(cut_at)])
+    cut = train("lora", **run, out=folder / "cut", resume=True, callbacks=[cut_log])
+    assert cut.steps == whole.steps
+    assert_equal(tensors(folder / "cut"), tensors(folder / "whole"))
+    assert cut.metrics["train_loss"] == whole.metrics["train_loss"]
+    assert cut_log.seen == {step: loss for step, loss in whole_log.seen.items() if step in cut_log.seen}
+    assert f"| train_loss | {whole.metrics['train_loss']:.6g} |" in (folder / "cut" / "README.md").read_text()
+    return cut
+
+
+@pytest.mark.parametrize("before_the_end", [0, 2])
+def test_early_stopping_goes_on_counting(before_the_end: int, qwen2: Path, rows: Path, tmp_path: Path):
+    """Also where the run was cut off after the evaluation that stopped it."""
+    held_out = write_rows(tmp_path / "eval.jsonl", copy_task(16, seed=1))
+    training = {**QUICK, "max_steps": 60, "learning_rate": 0.3, "eval_strategy": "steps", "eval_steps": 2}
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "eval_data": held_out, "training": training}
+    run["early_stopping_patience"] = 3
+    steps = train("lora", **run, out=tmp_path / "first").steps
+    assert steps < 60
+    check_goes_on(run, tmp_path, steps - before_the_end)
+
+
+@pytest.mark.parametrize("cut_at", [2, 4, 6])
+def test_the_loss_is_that_of_the_whole_run(cut_at: int, qwen2: Path, rows: Path, tmp_path: Path):
+    """6 is the last step, in the middle of an epoch: none is made after it."""
+    run = {"model": qwen2, "data": rows, "training": {**QUICK, **SAVES}}
+    assert check_goes_on(run, tmp_path, cut_at).steps == 6
+
+
+def test_groups_by_length_are_the_same_in_each_epoch(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = write_rows(tmp_path / "d.jsonl", [{"text": "ab" * (1 + i % 7) + "cdefgh"[i % 6]} for i in range(32)])
+    orders: list[list[tuple[int, ...]]] = []
+    step = AdapterTrainer.training_step
+
+    def seen(self: AdapterTrainer, model: Any, inputs: Any, *rest: Any) -> Any:
+        if not self.state.global_step:
+            orders.append([])
+        orders[-1].append(tuple(inputs["input_ids"].flatten().tolist()))
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", seen)
+    training = {**QUICK, **SAVES, "max_steps": 20, "per_device_train_batch_size": 4}
+    training["train_sampling_strategy"] = "group_by_length"
+    check_goes_on({"model": qwen2, "data": data, "training": training}, tmp_path, 10)
+    whole = orders[0]
+    assert set(whole[:8]) != set(whole[8:16]), "each epoch has an order of its own"
