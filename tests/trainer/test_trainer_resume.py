@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from peftmux.trainer import train
+from peftmux.trainer import OptionError, train
 from peftmux.trainer.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.loop import TrainResult
 from tests.trainer.method_runs import QUICK, assert_equal, tensors
@@ -87,3 +89,29 @@ def test_groups_by_length_are_the_same_in_each_epoch(qwen2: Path, tmp_path: Path
     check_goes_on({"model": qwen2, "data": data, "training": training}, tmp_path, 10)
     whole = orders[0]
     assert set(whole[:8]) != set(whole[8:16]), "each epoch has an order of its own"
+
+
+def test_another_base_or_another_rate_is_refused(qwen2: Path, rows: Path, tmp_path: Path):
+    other, moved = tmp_path / "other", tmp_path / "moved"
+    shutil.copytree(qwen2, other)
+    shutil.copytree(qwen2, moved)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: t + 0.01 for name, t in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    constant = {**QUICK, **SAVES, "lr_scheduler_type": "constant"}
+    run: dict[str, Any] = {"data": rows, "out": tmp_path / "a", "overwrite": True}
+    train("lora", **run, model=qwen2, training=constant)
+    with pytest.raises(OptionError, match="resume: the checkpoint was written with model "):
+        train("lora", **run, model=other, training=constant, resume=True)
+    with pytest.raises(OptionError, match=r"written with learning_rate .*, got 0\.5"):
+        train("lora", **run, model=qwen2, training={**constant, "learning_rate": 0.5}, resume=True)
+    longer = train("lora", **run, model=moved, training={**constant, "max_steps": 8, "save_steps": 4}, resume=True)
+    whole = train("lora", **{**run, "out": tmp_path / "b"}, model=qwen2, training={**constant, "max_steps": 8})
+    assert longer.steps == 8
+    assert_equal(tensors(longer.out), tensors(whole.out))
+
+
+def test_a_longer_run_of_a_falling_rate_is_refused(qwen2: Path, rows: Path, tmp_path: Path):
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", "overwrite": True}
+    train("lora", **run, training={**QUICK, **SAVES})
+    with pytest.raises(OptionError, match=r"max-steps: the schedule linear .*expected 6 steps .*, got 8"):
+        train("lora", **run, training={**QUICK, **SAVES, "max_steps": 8}, resume=True)

@@ -21,6 +21,9 @@ CHECKPOINT_LAST = "trainer_state.json"
 _LOOP = ("optimizer.pt", "scheduler.pt")
 """What --save-only-model leaves out, beside the states of the random numbers."""
 
+_BY_LENGTH = ("adalora", "diffpruning")
+"""Methods with phases that are shares of the run."""
+
 
 def resume_point(options: RunOptions, args: TrainingArguments) -> Path | None:
     """The checkpoint that the run is to go on from: that of --resume-from-checkpoint, or the newest for --resume.
@@ -61,8 +64,25 @@ def check_same_run(checkpoint: Path, run: Mapping[str, object]) -> None:
     except ValueError:
         raise OptionError("resume", f"{checkpoint / CHECKPOINT_RUN} is broken") from None
     for name, value in json.loads(json.dumps(run)).items():
+        if name not in stored and name in ("model", "learning_rate"):
+            message = (
+                f"the checkpoint is of an older version, which did not note its {name}: train again from the start"
+            )
+            raise OptionError("resume", message)
         if stored.get(name) != value:
             raise OptionError("resume", f"the checkpoint was written with {name} {stored.get(name)!r}, got {value!r}")
+
+
+def check_length(checkpoint: Path, args: TrainingArguments, steps: int, method: object) -> None:
+    """steps: what the run that goes on has in all. Another number than before is exact only where no rate depends on
+    it. Raises OptionError."""
+    before = json.loads((checkpoint / CHECKPOINT_LAST).read_text())["max_steps"]
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    constant = schedule in ("constant", "constant_with_warmup") and not 0 < args.warmup_steps < 1
+    if steps != before and not (constant and method not in _BY_LENGTH):
+        why = f"{method}'s steps depend" if constant else f"the schedule {schedule} depends"
+        message = f"{why} on the run's length: expected {before} steps as in the checkpoint, got {steps}"
+        raise OptionError("max-steps", message)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -16,7 +16,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from peftmux.adapters.float8 import keep_out_of_broadcasts
-from peftmux.trainer.checkpoints import CHECKPOINT_LOSS, CHECKPOINT_RUN, CHECKPOINT_TENSORS, check_same_run
+from peftmux.trainer.checkpoints import (
+    CHECKPOINT_LOSS,
+    CHECKPOINT_RUN,
+    CHECKPOINT_TENSORS,
+    check_length,
+    check_same_run,
+)
 from peftmux.trainer.length_groups import EpochLengthSampler
 from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
@@ -158,6 +164,7 @@ class AdapterTrainer(Trainer):
         """After the Trainer has set its sums to 0. A checkpoint without the sums leaves them so."""
         if self._went_on_from is None:
             return
+        check_length(self._went_on_from, self.args, self.state.max_steps, self.run["method"])
         sums = json.loads((self._went_on_from / CHECKPOINT_RUN).read_text()).get(CHECKPOINT_LOSS)
         if sums is not None:
             self._total_loss_scalar = sums["logged"]

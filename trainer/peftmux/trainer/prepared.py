@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from peftmux.trainer.base_identity import base_identity
 from peftmux.trainer.card import DataFacts
 from peftmux.trainer.data import PackedCollator, PaddingCollator, PreferenceCollator, check_packing, pack_features
 from peftmux.trainer.errors import OptionError
@@ -23,6 +24,15 @@ _PACK = 512
 """Tokens."""
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 """One switch under its older and its newer name; transformers before 5.20 or so has the first alone."""
+
+_DECIDING = (
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type"),
+    *("lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "bf16", "fp16", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
+    *("label_smoothing_factor", "neftune_noise_alpha"),
+)
+"""The training arguments that a run which goes on must share: each changes what is learned."""
+_DECIDING_OURS = ("dtype", "quantization", "max_length", "over_long", "packing", "pack_length", "append_eos")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,9 @@ def make_trainer(
     own = features is None
     patience = ready.options.early_stopping_patience if own else None
     run = {"options": dataclasses.asdict(ready.config), "data": data.sha256, "seed": args.seed}
+    run |= {name: getattr(value := getattr(args, name), "value", value) for name in _DECIDING}
+    run |= {"model": base_identity(ready.options.model), "world_size": args.world_size}
+    run |= {name: getattr(ready.options, name) for name in _DECIDING_OURS}
     preference = _preference(ready.options)
     train = run_features(ready, data) if features is None else features
     evaluate = run_features(ready, ready.eval_data) if own and ready.eval_data else None
