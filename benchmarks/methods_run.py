@@ -24,7 +24,7 @@ from benchmarks.methods_change import change_of
 from peftmux.runtime import Engine
 from peftmux.runtime.params import SamplingParams, StoppingParams
 from peftmux.trainer import train
-from peftmux.trainer.loop import TrainResult
+from peftmux.trainer.run.loop import TrainResult
 
 ANSWER_TOKENS = 16
 Record = dict[str, Any]

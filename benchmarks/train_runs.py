@@ -12,7 +12,7 @@ import peft
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-import peftmux.trainer.loop  # noqa: F401
+import peftmux.trainer.run.loop  # noqa: F401
 from benchmarks.train_inputs import Size
 from peftmux.trainer import train
 from peftmux.trainer.data import encode_rows, read_rows

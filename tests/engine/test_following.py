@@ -18,7 +18,7 @@ from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.errors import InvalidRequest
 from peftmux.runtime.residency import folders
-from peftmux.trainer.export import publish
+from peftmux.trainer.files.export import publish
 from tests.engine.harness import adapters, ask, request, running, until
 
 SOON = 0.02

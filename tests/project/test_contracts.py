@@ -18,6 +18,7 @@ CONTRACTS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["
 VIOLATIONS = {
     "packages": ("runtime/peftmux/runtime/errors.py", "import peftmux.trainer"),
     "runtime": ("runtime/peftmux/runtime/scheduler/plan.py", "import peftmux.runtime.engine.api"),
+    "trainer": ("trainer/peftmux/trainer/methods/lora.py", "import peftmux.trainer.run.loop"),
     "wire": ("runtime/peftmux/runtime/engine/api.py", "from google.protobuf import message"),
     "policy": ("runtime/peftmux/runtime/params.py", "import numpy"),
     "metrics": ("runtime/peftmux/runtime/engine/observer.py", "import prometheus_client"),

@@ -18,10 +18,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-import peftmux.trainer.loop
-import peftmux.trainer.methods  # noqa: F401
-from peftmux.trainer.checkpoints import newest_checkpoint
 from peftmux.trainer.cli import main as train
+from peftmux.trainer.run.checkpoints import newest_checkpoint
 
 TENSORS = "adapter_model.safetensors"
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-import peftmux.trainer.loop  # noqa: F401
+import peftmux.trainer.run.loop  # noqa: F401
 from peftmux.trainer import train
 
 

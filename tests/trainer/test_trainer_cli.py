@@ -10,9 +10,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peftmux.trainer.cli import main
-from peftmux.trainer.config_file import file_arguments
 from peftmux.trainer.methods import METHODS
-from peftmux.trainer.parser import build_parser
+from peftmux.trainer.settings.config_file import file_arguments
+from peftmux.trainer.settings.parser import build_parser
 
 REQUIRED = ["--model", "m", "--data", "d", "--out", "o"]
 METHOD_FLAGS = {
@@ -224,7 +224,7 @@ def test_a_tracker_that_is_not_there_is_refused(
     qwen2: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     words = ["lora", "--model", str(qwen2), "--data", str(rows), "--out", str(tmp_path / "a"), "--report-to"]
-    monkeypatch.setattr("peftmux.trainer.arguments.get_available_reporting_integrations", list)
+    monkeypatch.setattr("peftmux.trainer.settings.arguments.get_available_reporting_integrations", list)
     assert main([*words, "tensorboard"]) == 1
     assert "report-to: tensorboard is not installed: pip install tensorboard" in capsys.readouterr().err
     assert main([*words, "tensorbored"]) == 1

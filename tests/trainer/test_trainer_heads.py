@@ -19,11 +19,11 @@ from peftmux.kernels.head import apply_head
 from peftmux.trainer import DataError, OptionError, train
 from peftmux.trainer.data import PaddingCollator, encode_labelled, label_names, read_rows
 from peftmux.trainer.data.encode import IGNORED
-from peftmux.trainer.heads import TaskHead
-from peftmux.trainer.host import Host
+from peftmux.trainer.host.host import Host
 from peftmux.trainer.jobs.file import read_jobs
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.methods import METHODS
+from peftmux.trainer.methods.task_head import TaskHead
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.method_runs import QUICK, check_resumes, tensors
 from tests.trainer.test_trainer_jobs import TOLERANCE, jobs_file

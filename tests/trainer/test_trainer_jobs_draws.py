@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from peftmux.trainer.host import Host
-from peftmux.trainer.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.host.host import Host
 from peftmux.trainer.jobs.file import JobSpec, read_jobs, resumed
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.jobs.together import Together
-from peftmux.trainer.loop import run_training
+from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.run.loop import run_training
 from tests.trainer import tiny_models
 from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.test_trainer_jobs import TOLERANCE, jobs_file

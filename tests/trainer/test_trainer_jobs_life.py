@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from peftmux.trainer import OptionError, loop, train
+from peftmux.trainer import OptionError, train
 from peftmux.trainer.cli import main
 from peftmux.trainer.jobs.file import Changes, JobsFile, read_jobs, resumed
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.jobs.together import Together, grouped
+from peftmux.trainer.run import loop
 from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.test_trainer_jobs import TOLERANCE, jobs_file
 from tests.trainer.tiny_models import copy_task, write_rows

@@ -12,8 +12,8 @@ from torch import Tensor
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer import OptionError, train
-from peftmux.trainer.export import export_adapter
-from peftmux.trainer.host import Host
+from peftmux.trainer.files.export import export_adapter
+from peftmux.trainer.host.host import Host
 from tests.model.ladders import PaperLadder
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.method_runs import (

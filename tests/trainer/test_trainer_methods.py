@@ -16,7 +16,7 @@ from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer.data import Example
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.export import export_adapter
+from peftmux.trainer.files.export import export_adapter
 from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.tiny_models import CONFIGS, build_model, random_ids, scramble

@@ -13,7 +13,7 @@ from torch import Tensor
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer import OptionError
-from peftmux.trainer.export import export_adapter
+from peftmux.trainer.files.export import export_adapter
 from peftmux.trainer.methods.loramoe import balance as variation
 from peftmux.trainer.methods.mixlora import balance as load
 from tests.trainer.lowered import lowered_logits

@@ -12,7 +12,7 @@ import torch
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer import OptionError, train
-from peftmux.trainer.export import export_adapter
+from peftmux.trainer.files.export import export_adapter
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.method_runs import (
     QUICK,

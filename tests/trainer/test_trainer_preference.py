@@ -18,7 +18,7 @@ from peftmux.trainer.data.preference import encode_preferences
 from peftmux.trainer.data.rows import read_rows
 from peftmux.trainer.jobs.file import read_jobs
 from peftmux.trainer.jobs.run import JobRun
-from peftmux.trainer.preference import dpo, kto, log_probabilities
+from peftmux.trainer.run.preference import dpo, kto, log_probabilities
 from tests.trainer.tiny_models import build_tokenizer, copy_task, write_rows
 
 QUICK: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 1e-2}

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from peftmux.trainer import OptionError, train
-from peftmux.trainer.arguments import check_launcher
 from peftmux.trainer.jobs.file import job_spec
 from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.settings.arguments import check_launcher
 from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.tiny_models import write_rows
 

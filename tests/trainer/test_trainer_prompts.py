@@ -19,7 +19,7 @@ from peftmux.runtime.engine.virtual import fill_template
 from peftmux.trainer import DataError, OptionError, train
 from peftmux.trainer.data import Example
 from peftmux.trainer.data.encode import IGNORED
-from peftmux.trainer.export import export_adapter
+from peftmux.trainer.files.export import export_adapter
 from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.method_runs import (

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from peftmux.trainer import OptionError, train
-from peftmux.trainer.huggingface_trainer import AdapterTrainer
-from peftmux.trainer.loop import TrainResult
+from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.run.loop import TrainResult
 from tests.trainer.method_runs import QUICK, assert_equal, tensors
 from tests.trainer.tiny_models import copy_task, write_rows
 

@@ -28,7 +28,7 @@ from peftmux.trainer import DataError, OptionError, train
 from peftmux.trainer.cli import main
 from peftmux.trainer.data import Example, encode_rows, read_rows
 from peftmux.trainer.data.images import PlacedImage, RowImage
-from peftmux.trainer.host import Host
+from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods import METHODS, AttachContext
 from tests.engine.harness import ask, load
 from tests.model.test_vora_served import LINEARS, MEAN, PATCH, RANK, SIDE, STD, WIDTH, PaperModel, base_of, with_images

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from peftmux.demo.recipes import Recipe, write_rows
 from peftmux.demo.show import Screen, bar
 from peftmux.trainer import train
-from peftmux.trainer.loop import TrainResult
+from peftmux.trainer.run.loop import TrainResult
 
 
 class ProgressLine(TrainerCallback):

@@ -11,7 +11,7 @@ from peftmux.trainer.errors import DataError, OptionError, TrainerError
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from peftmux.trainer.loop import TrainResult
+    from peftmux.trainer.run.loop import TrainResult
 
 __all__ = ["DataError", "OptionError", "TrainerError", "train"]
 
@@ -33,12 +33,12 @@ def train(
     config: the method's own options, e.g. {"r": 16}.
     training: transformers' TrainingArguments, e.g. {"max_steps": 100}.
     callbacks: transformers' TrainerCallbacks, e.g. for a progress display of one's own.
-    options: the other fields of `peftmux.trainer.options.RunOptions`, e.g. max_length=512.
+    options: the other fields of `peftmux.trainer.settings.options.RunOptions`, e.g. max_length=512.
     Raises TrainerError (DataError, OptionError) before anything is written.
     """
-    from peftmux.trainer.loop import run_training
     from peftmux.trainer.methods import get_method
-    from peftmux.trainer.options import RunOptions, build_config
+    from peftmux.trainer.run.loop import run_training
+    from peftmux.trainer.settings.options import RunOptions, build_config
 
     chosen = get_method(method)
     paths = {"model": fspath(model), "data": fspath(data), "out": fspath(out)}

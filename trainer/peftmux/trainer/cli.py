@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from peftmux.adapters.errors import AdapterError
-from peftmux.trainer.config_file import file_arguments
 from peftmux.trainer.errors import TrainerError
+from peftmux.trainer.settings.config_file import file_arguments
 
 ALIASES = {"qlora": (("lora", "--quantization", "nf4"), "lora over a base in 4 bits: lora --quantization nf4")}
 """Names of a method with options of the run: what they stand for, and what is said of them."""
@@ -87,9 +87,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
     from peftmux.trainer.jobs.ensemble import run_ensemble
     from peftmux.trainer.jobs.file import split_options
     from peftmux.trainer.jobs.sweep import run_sweep
-    from peftmux.trainer.loop import run_training
     from peftmux.trainer.methods import get_method
-    from peftmux.trainer.parser import build_parser
+    from peftmux.trainer.run.loop import run_training
+    from peftmux.trainer.settings.parser import build_parser
 
     parser = build_parser(name)
     given = vars(parser.parse_args([*file_arguments(parser, argv, os.environ), *argv]))

@@ -14,7 +14,7 @@ from peftmux.trainer.estimate.fit import SINGLE, SMALL, Shape, StepMemory
 from peftmux.trainer.estimate.fresh import fresh_peak
 from peftmux.trainer.estimate.probe import Probe
 from peftmux.trainer.estimate.resident import available
-from peftmux.trainer.prepared import Prepared
+from peftmux.trainer.run.prepared import Prepared
 
 _ROOM = 1.6
 """Times the tensors' bytes that must be free before a step is tried."""

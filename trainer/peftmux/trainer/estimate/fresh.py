@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 from peftmux.trainer.estimate.fit import Shape
-from peftmux.trainer.prepared import Prepared
+from peftmux.trainer.run.prepared import Prepared
 
 
 def fresh_peak(ready: Prepared, largest: Shape, steps: int) -> int | None:
@@ -38,12 +38,12 @@ def fresh_peak(ready: Prepared, largest: Shape, steps: int) -> int | None:
 
 def main() -> None:
     """The other side, up to an adapter that nobody keeps: the job from stdin, the bytes to stdout."""
-    from peftmux.trainer.base_model import load_base
     from peftmux.trainer.errors import TrainerError
     from peftmux.trainer.estimate.probe import Probe
     from peftmux.trainer.estimate.resident import resident
-    from peftmux.trainer.loop import finish, prepare
     from peftmux.trainer.methods import get_method
+    from peftmux.trainer.run.base_model import load_base
+    from peftmux.trainer.run.loop import finish, prepare
 
     name, options, config, training, largest, steps = pickle.load(sys.stdin.buffer)
     idle = resident()

@@ -17,8 +17,8 @@ from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE
 from peftmux.trainer.estimate.fit import SMALL, Shape
 from peftmux.trainer.estimate.live import LiveBytes, StepWatch
-from peftmux.trainer.options import NEXT_TOKEN
-from peftmux.trainer.prepared import Prepared, make_trainer, run_features
+from peftmux.trainer.run.prepared import Prepared, make_trainer, run_features
+from peftmux.trainer.settings.options import NEXT_TOKEN
 
 _BATCHES = 1000
 """Of the run's batches, in their order, as many are looked at."""

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from peftmux.trainer.errors import OptionError, TrainerError
-from peftmux.trainer.export import publish
+from peftmux.trainer.files.export import publish
+from peftmux.trainer.files.outputs import check_out
 from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
 from peftmux.trainer.jobs.run import JobRun
-from peftmux.trainer.loop import TrainResult
-from peftmux.trainer.outputs import check_out
+from peftmux.trainer.run.loop import TrainResult
 
 _SEED = 42
 """transformers' own default."""

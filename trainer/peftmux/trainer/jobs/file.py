@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from peftmux.trainer.checkpoints import newest_checkpoint
-from peftmux.trainer.config_file import flags
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.export import is_published, publish
+from peftmux.trainer.files.export import is_published, publish
 from peftmux.trainer.methods import Method, get_method
-from peftmux.trainer.options import RunOptions, build_config
-from peftmux.trainer.parser import build_parser, parse
-from peftmux.trainer.yaml_file import line_of, read_yaml
+from peftmux.trainer.run.checkpoints import newest_checkpoint
+from peftmux.trainer.settings.config_file import flags
+from peftmux.trainer.settings.options import RunOptions, build_config
+from peftmux.trainer.settings.parser import build_parser, parse
+from peftmux.trainer.settings.yaml_file import line_of, read_yaml
 
 _SEVERAL = ("sweep", "ensemble")
 """Options that make several jobs of one."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Host
-from peftmux.trainer.huggingface_trainer import PlainLog
-from peftmux.trainer.loop import train_and_evaluate
-from peftmux.trainer.prepared import Prepared, make_trainer
-from peftmux.trainer.random_state import Draws, RandomState
+from peftmux.trainer.host.host import Host
+from peftmux.trainer.host.random_state import Draws, RandomState
+from peftmux.trainer.run.huggingface_trainer import PlainLog
+from peftmux.trainer.run.loop import train_and_evaluate
+from peftmux.trainer.run.prepared import Prepared, make_trainer
 
 _ALONE = (
     *("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing", "torch_compile", "auto_find_batch_size"),

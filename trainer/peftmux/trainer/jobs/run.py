@@ -13,13 +13,13 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from peftmux.adapters.errors import AdapterError
-from peftmux.trainer.base_model import load_base
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.jobs.file import Changes, JobSpec, common_base
 from peftmux.trainer.jobs.job import Job
 from peftmux.trainer.jobs.together import Together
-from peftmux.trainer.loop import TrainResult, finish, prepare
-from peftmux.trainer.summary import trainable_parameters
+from peftmux.trainer.run.base_model import load_base
+from peftmux.trainer.run.loop import TrainResult, finish, prepare
+from peftmux.trainer.run.summary import trainable_parameters
 
 
 @dataclass(slots=True)

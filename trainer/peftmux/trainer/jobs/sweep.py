@@ -11,11 +11,11 @@ from typing import Any
 
 from peftmux.adapters.writer import write_files
 from peftmux.trainer.errors import OptionError, TrainerError
-from peftmux.trainer.export import publish
+from peftmux.trainer.files.export import publish
+from peftmux.trainer.files.outputs import check_out
 from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
 from peftmux.trainer.jobs.run import JobRun
-from peftmux.trainer.loop import TrainResult
-from peftmux.trainer.outputs import check_out
+from peftmux.trainer.run.loop import TrainResult
 
 _FIXED = frozenset(("out", "output_dir", "logging_dir", "eval_data", "publish", "overwrite", "resume", "dry_run"))
 """Options of the sweep as a whole."""

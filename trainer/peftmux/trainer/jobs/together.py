@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftmux.trainer.host import Host, RowsApart
+from peftmux.trainer.host.host import Host, RowsApart
+from peftmux.trainer.host.random_state import RandomState
 from peftmux.trainer.jobs.batch import JoinedBatch, join
 from peftmux.trainer.jobs.job import Job
-from peftmux.trainer.objective import replaced_loss
-from peftmux.trainer.random_state import RandomState
+from peftmux.trainer.run.objective import replaced_loss
 
 CPU_TOKENS, DEVICE_TOKENS = 512, 16384
 """As many tokens, padding included, share a pass. Past it nothing is gained: the weights' bytes no longer decide, and

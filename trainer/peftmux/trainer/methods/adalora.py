@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from peftmux.adapters.methods.adalora import triplets
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import LinearChange, expert_notes, weight_out_in
 from peftmux.trainer.methods.lora import default_learning_rate
-from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.trainer.data import Example
-from peftmux.trainer.host import Change, Host
-from peftmux.trainer.inputs import PrefixSource, SeesBothWays, VirtualTokens
+from peftmux.trainer.host.host import Change, Host
+from peftmux.trainer.host.inputs import PrefixSource, SeesBothWays, VirtualTokens
 
 if TYPE_CHECKING:
-    from peftmux.trainer.heads import TaskHead
+    from peftmux.trainer.methods.task_head import TaskHead
 
 _KEYS = itertools.count()
 

@@ -14,7 +14,7 @@ from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.kernels.norms import NormPart, apply_norm_part
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import LinearChange
 

@@ -24,13 +24,13 @@ from peftmux.adapters.methods.bottleneck import PLACES
 from peftmux.kernels.bottleneck import ACTIVATIONS, Bottleneck, LayerNorm, apply_bottleneck
 from peftmux.kernels.bottleneck.reference import Reads
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import uniform
 from peftmux.trainer.methods.lora import default_learning_rate
 
 if TYPE_CHECKING:
-    from peftmux.trainer.heads import TaskHead
+    from peftmux.trainer.methods.task_head import TaskHead
 
 NAME = "adapter"
 """Of the adapter, in its tensors' names."""
@@ -225,7 +225,7 @@ class BottleneckAdapter(AttachedAdapter):
         return named
 
     def folder(self, base_model: str, head: TaskHead | None = None) -> dict[str, bytes]:
-        from peftmux.trainer.hub_files import base_fields, hub_files
+        from peftmux.trainer.methods.hub_files import base_fields, hub_files
 
         config = self.config
         own = {

@@ -21,10 +21,10 @@ from torch.nn.functional import linear
 
 from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes, weight_out_in
-from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 LOWER, UPPER = -1.5, 1.5
 """l and r of the paper; their ratio is 1, so that the logarithm above is 0."""

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Host
+from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods.base import AttachedAdapter
 from peftmux.trainer.methods.linear import uniform, weight_out_in
 

@@ -29,7 +29,7 @@ from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.bottleneck import BranchChange, Stream, branch_changes
 
 if TYPE_CHECKING:
-    from peftmux.trainer.heads import TaskHead
+    from peftmux.trainer.methods.task_head import TaskHead
 
 _UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
 
@@ -134,7 +134,7 @@ class FusionAdapter(AttachedAdapter):
 
     def folder(self, base_model: str, head: TaskHead | None = None) -> dict[str, bytes]:
         """A head of this run stands beside the fusion's files; those that the adapters had are left out."""
-        from peftmux.trainer.hub_files import base_fields, fusion_files, hub_files
+        from peftmux.trainer.methods.hub_files import base_fields, fusion_files, hub_files
 
         base = base_fields(self._model, base_model)
         files = fusion_files([member.name for member in self.members], self.tensors(), base, head)

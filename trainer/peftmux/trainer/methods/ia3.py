@@ -16,11 +16,11 @@ from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels import inputs
 from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes, weight_out_in
 from peftmux.trainer.methods.lora import default_learning_rate
-from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from peftmux.adapters.stream import decoders, stream_in, stream_out
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.ladder import ACTIVATIONS, Attend, Ladder, causal, climb, finish, rotation, start
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Host
-from peftmux.trainer.inputs import visible
+from peftmux.trainer.host.host import Host
+from peftmux.trainer.host.inputs import visible
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import uniform
 

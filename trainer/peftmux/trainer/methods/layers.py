@@ -20,7 +20,7 @@ from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part, scale
 from peftmux.kernels.norms import NormPart, apply_norm_part
 from peftmux.kernels.rows import ReplacedRows, apply_replaced_rows
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes
 

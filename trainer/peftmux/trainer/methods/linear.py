@@ -11,7 +11,7 @@ from torch.nn.functional import dropout, linear
 
 from peftmux.adapters.quantised import dequantised, is_quantised
 from peftmux.kernels.lowrank import LinearPart, apply_linear_part
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
 
 
 class LinearChange(Change, ABC):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.sites import spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
-from peftmux.trainer.sites import spelled_out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from peftmux.adapters.methods.lora import lora_scaling
 from peftmux.adapters.patterns import PatternMatcher
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import LinearChange, expert_notes, uniform, weight_out_in
-from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 

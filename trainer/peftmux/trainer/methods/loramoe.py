@@ -17,12 +17,12 @@ from torch.nn.functional import linear
 from peftmux.adapters.methods.lora import lora_scaling
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.lowrank import LinearPart, apply_linear_part
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.experts import Experts, ExpertsConfig, RoutedAdapter
 from peftmux.trainer.methods.linear import expert_notes, uniform, weight_out_in
 from peftmux.trainer.methods.lora import default_learning_rate
-from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 
 @dataclass(frozen=True, kw_only=True)

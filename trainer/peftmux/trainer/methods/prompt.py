@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 
 TENSOR = "prompt_embeddings"

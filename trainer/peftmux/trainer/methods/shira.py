@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
+from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes, weight_out_in
 from peftmux.trainer.methods.lora import default_learning_rate
-from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 
 @dataclass(frozen=True, kw_only=True)

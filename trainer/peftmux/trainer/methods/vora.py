@@ -24,12 +24,12 @@ from peftmux.trainer.data import Example
 from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.data.images import ImageStore, stacked
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host import Change
-from peftmux.trainer.inputs import causal_only, whole_mask
+from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.inputs import causal_only, whole_mask
+from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes, uniform
 from peftmux.trainer.methods.lora import LoraLinear, default_learning_rate
-from peftmux.trainer.sites import ALL_LINEAR, select_sites, spelled_out
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE, PreferenceCollator
-from peftmux.trainer.host import Host
-from peftmux.trainer.preference import dpo, kto, log_probabilities
+from peftmux.trainer.host.host import Host
+from peftmux.trainer.run.preference import dpo, kto, log_probabilities
 
 EXTRAS = (REFERENCE, DESIRABLE)
 """What a batch holds that the model is not given."""

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from peftmux.adapters.files import CONFIG_FILE
-from peftmux.trainer.heads import TaskHead
+from peftmux.trainer.methods.task_head import TaskHead
 
 VERSION = "adapters.1.3.0"
 """Whose form it is."""

@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from peftmux.trainer.base_identity import base_identity
-from peftmux.trainer.card import DataFacts
 from peftmux.trainer.data import PackedCollator, PaddingCollator, PreferenceCollator, check_packing, pack_features
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.heads import TaskHead
-from peftmux.trainer.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.files.card import DataFacts
 from peftmux.trainer.methods import AttachedAdapter, Method
-from peftmux.trainer.objective import Preference
-from peftmux.trainer.options import NEXT_TOKEN, RunOptions
+from peftmux.trainer.methods.task_head import TaskHead
+from peftmux.trainer.run.base_identity import base_identity
+from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.run.objective import Preference
+from peftmux.trainer.settings.options import NEXT_TOKEN, RunOptions
 
 _PACK = 512
 """Tokens."""

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from peftmux.kernels.lowrank import LinearPart, Segments, choose_training
 from peftmux.trainer.errors import TrainerError
-from peftmux.trainer.inputs import Inputs, PrefixSource, VirtualTokens
-from peftmux.trainer.place import Change, Place
-from peftmux.trainer.random_state import Draws
+from peftmux.trainer.host.inputs import Inputs, PrefixSource, VirtualTokens
+from peftmux.trainer.host.place import Change, Place
+from peftmux.trainer.host.random_state import Draws
 
 if TYPE_CHECKING:
     from peftmux.trainer.methods.base import AttachedAdapter

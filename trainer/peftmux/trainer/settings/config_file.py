@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.yaml_file import read_yaml
+from peftmux.trainer.settings.yaml_file import read_yaml
 
 ENVIRONMENT = "PEFTMUX_"
 _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from peftmux.adapters.files import CHECKPOINT_FILE
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.options import RunOptions
+from peftmux.trainer.settings.options import RunOptions
 
 CHECKPOINT_TENSORS = CHECKPOINT_FILE
 CHECKPOINT_RUN = "run.json"

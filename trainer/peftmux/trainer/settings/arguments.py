@@ -16,9 +16,9 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from peftmux.trainer.argument_checks import check_arguments, check_given
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.options import RunOptions
+from peftmux.trainer.settings.argument_checks import check_arguments, check_given
+from peftmux.trainer.settings.options import RunOptions
 
 REPORTED = (
     *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),

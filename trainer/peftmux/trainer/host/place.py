@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftmux.kernels.lowrank import LinearPart
 
 if TYPE_CHECKING:
-    from peftmux.trainer.host import Host
+    from peftmux.trainer.host.host import Host
 
 
 class Change(nn.Module):

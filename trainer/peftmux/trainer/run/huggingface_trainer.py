@@ -16,16 +16,16 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from peftmux.adapters.float8 import keep_out_of_broadcasts
-from peftmux.trainer.checkpoints import (
+from peftmux.trainer.methods import AttachedAdapter
+from peftmux.trainer.run.checkpoints import (
     CHECKPOINT_LOSS,
     CHECKPOINT_RUN,
     CHECKPOINT_TENSORS,
     check_length,
     check_same_run,
 )
-from peftmux.trainer.length_groups import EpochLengthSampler
-from peftmux.trainer.methods import AttachedAdapter
-from peftmux.trainer.objective import EXTRAS, Preference, replaced_loss
+from peftmux.trainer.run.length_groups import EpochLengthSampler
+from peftmux.trainer.run.objective import EXTRAS, Preference, replaced_loss
 
 
 class AdapterTrainer(Trainer):

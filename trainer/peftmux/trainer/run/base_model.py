@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from peftmux.adapters.checkpoint import load_checkpoint
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.options import RunOptions
+from peftmux.trainer.settings.options import RunOptions
 
 
 def load_base(options: RunOptions) -> tuple[Any, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from peftmux.trainer.arguments import checked_learning_rate
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.flags import add_fields
 from peftmux.trainer.methods import get_method
-from peftmux.trainer.options import RunOptions
+from peftmux.trainer.settings.arguments import checked_learning_rate
+from peftmux.trainer.settings.flags import add_fields
+from peftmux.trainer.settings.options import RunOptions
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:

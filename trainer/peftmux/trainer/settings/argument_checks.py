@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.options import NEXT_TOKEN, RunOptions
+from peftmux.trainer.settings.options import NEXT_TOKEN, RunOptions
 
 _MOST = float(2**32 - 1)
 _AT_LEAST_1 = (1.0, math.inf)

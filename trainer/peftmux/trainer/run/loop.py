@@ -13,10 +13,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from peftmux.trainer.arguments import reported_arguments, training_arguments
-from peftmux.trainer.base_model import load_base, longest_row
-from peftmux.trainer.card import CardFacts, DataFacts, model_card
-from peftmux.trainer.checkpoints import check_same_run, resume_point
 from peftmux.trainer.data import (
     Row,
     encode_labelled,
@@ -29,15 +25,19 @@ from peftmux.trainer.data import (
 from peftmux.trainer.data.lengths import Lengths
 from peftmux.trainer.errors import DataError, OptionError, TrainerError
 from peftmux.trainer.estimate import estimate_run
-from peftmux.trainer.export import export_adapter, publish
-from peftmux.trainer.heads import HeadedAdapter, TaskHead
-from peftmux.trainer.host import Host
-from peftmux.trainer.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.files.card import CardFacts, DataFacts, model_card
+from peftmux.trainer.files.export import export_adapter, publish
+from peftmux.trainer.files.outputs import check_out, check_output_dir
+from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
-from peftmux.trainer.options import NEXT_TOKEN, RunOptions
-from peftmux.trainer.outputs import check_out, check_output_dir
-from peftmux.trainer.prepared import Prepared, make_trainer
-from peftmux.trainer.summary import trainable_summary
+from peftmux.trainer.methods.task_head import HeadedAdapter, TaskHead
+from peftmux.trainer.run.base_model import load_base, longest_row
+from peftmux.trainer.run.checkpoints import check_same_run, resume_point
+from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
+from peftmux.trainer.run.prepared import Prepared, make_trainer
+from peftmux.trainer.run.summary import trainable_summary
+from peftmux.trainer.settings.arguments import reported_arguments, training_arguments
+from peftmux.trainer.settings.options import NEXT_TOKEN, RunOptions
 
 PREFERENCE_RATE = 0.1
 """A preference loss's default learning rate beside the method's own: the model is to be bent, not taught."""

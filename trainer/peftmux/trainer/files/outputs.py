@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from peftmux.adapters.aside import remove_leftovers
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.options import RunOptions
+from peftmux.trainer.settings.options import RunOptions
 
 
 def check_out(options: RunOptions) -> None:

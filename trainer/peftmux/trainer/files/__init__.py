@@ -1,0 +1,1 @@
+"""What a run writes: the adapter, its card, where they go."""

@@ -1,0 +1,1 @@
+"""The base model, and the places in it where adapters act on their rows."""

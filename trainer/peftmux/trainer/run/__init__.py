@@ -1,0 +1,1 @@
+"""One training run, from its options to its result, around transformers' Trainer."""

@@ -1,0 +1,1 @@
+"""What a run is asked for: flags, files and environment to checked values."""
