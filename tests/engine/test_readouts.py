@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from peftmux.adapters.errors import AdapterInvalid
@@ -180,17 +181,24 @@ async def test_logits_that_are_not_finite_end_their_row_alone(engine: LocalEngin
     assert (await engine.embed(EmbeddingRequest(PROMPT, "huge"))).values  # its states are
 
 
-async def test_the_output_projection_sees_rows_that_sample_only(engine: LocalEngine) -> None:
+async def test_the_output_projection_sees_rows_that_sample_only(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     head = engine._core._runner.model.module.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
-    try:
-        await engine.classify(ClassificationRequest(PROMPT, "tags"))
-        assert set(seen) == {0}
-        await asyncio.gather(ask(engine, request(PROMPT, "", 3)), engine.embed(EmbeddingRequest(PROMPT, "lora")))
-        assert max(seen) == 1
-    finally:
-        hook.remove()
+    assert head is not None
+    forward = head.forward
+
+    def seeing(x: Tensor) -> Tensor:
+        seen.append(x.shape[1])
+        out: Tensor = forward(x)
+        return out
+
+    monkeypatch.setattr(head, "forward", seeing)
+    await engine.classify(ClassificationRequest(PROMPT, "tags"))
+    assert set(seen) == {0}
+    await asyncio.gather(ask(engine, request(PROMPT, "", 3)), engine.embed(EmbeddingRequest(PROMPT, "lora")))
+    assert max(seen) == 1
 
 
 async def test_a_deadline_ends_it(engine: LocalEngine) -> None:

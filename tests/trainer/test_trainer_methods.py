@@ -236,7 +236,7 @@ def test_checkpointed_layers_keep_the_prefix_and_its_gradient():
         ({"lora_dropout": 1.0}, "lora-dropout: expected 0 or more and below 1, got 1.0"),
         ({"target_modules": ["q_proj", "nope"]}, "no linear layer is named 'nope'; this base has down_proj"),
         ({"target_modules": "nope.*"}, "matches no linear layer"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, "matches no linear layer"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, "layers-to-transform: no layer 9 has such"),
     ],
 )
 def test_options_that_fit_nothing_are_refused(config: dict[str, Any], message: str):
