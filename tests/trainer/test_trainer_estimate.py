@@ -30,7 +30,11 @@ PEAKS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("case", PEAKS)
 def test_the_peak_above_the_idle_process(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With the C library's heap as it is, holes and all."""
+    """With the C library's heap as it is, holes and all.
+
+    Where they come to lie differs between equal runs, so that one peak may be out of reach: then it is the range of
+    three that the estimate has to be near to.
+    """
     width, run = PEAKS[case]
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "vocab_size": 2000, "num_hidden_layers": 4}
     torch.manual_seed(0)
@@ -41,13 +45,20 @@ def test_the_peak_above_the_idle_process(case: str, tmp_path: Path, monkeypatch:
     run = {**run, "model": str(tmp_path / "base"), "data": str(rows), "out": str(tmp_path / "a"), "training": training}
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
+    metrics = train(**run, dry_run=True).metrics
+    peaks = [measured_peak({**run, "overwrite": True})]
+    if metrics["peak_bytes"] != pytest.approx(peaks[0], rel=0.1):
+        peaks += [measured_peak({**run, "overwrite": True}) for _ in range(2)]
+    assert min(peaks) > 50e6
+    assert 0.9 * min(peaks) <= metrics["peak_bytes"] <= 1.1 * max(peaks), peaks
+    assert metrics["alive_bytes"] < 0.9 * min(peaks)
+
+
+def measured_peak(run: dict[str, Any]) -> int:
+    """Of a fresh process that trains, in bytes above what it held before."""
     done = subprocess.run([sys.executable, MEASURE], input=json.dumps(run), capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    measured = int(done.stdout.split()[-1])
-    metrics = train(**run, overwrite=True, dry_run=True).metrics
-    assert measured > 50e6
-    assert metrics["peak_bytes"] == pytest.approx(measured, rel=0.1)
-    assert metrics["alive_bytes"] < 0.9 * measured
+    return int(done.stdout.split()[-1])
 
 
 @pytest.fixture
