@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from peftmux.adapters.lower import load_adapter
-from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer import OptionError, train
-from peftmux.trainer.files.export import export_adapter
-from tests.trainer.lowered import lowered_logits
+from tests.trainer.lowered import check_parts_give_the_models_logits
 from tests.trainer.method_runs import (
     QUICK,
     check_learns,
@@ -45,12 +42,7 @@ def test_the_files_parts_give_the_models_logits(method: str, shape: str, config:
     model, base, ids = build_model(shape), build_model(shape), random_ids()
     adapter = attach(method, model, config)
     scramble(adapter)
-    export_adapter(adapter, "base", tmp_path / "a", card="")
-    with torch.no_grad():
-        ours = model(input_ids=ids).logits
-        assert (ours - base(input_ids=ids).logits).abs().max() > 1e-2
-    lowered = lowered_logits(base, load_adapter(tmp_path / "a", TorchBase(base)), ids)
-    torch.testing.assert_close(ours, lowered, rtol=1e-5, atol=1e-5)
+    check_parts_give_the_models_logits(model, adapter, base, ids, tmp_path / "a")
 
 
 @pytest.mark.parametrize(("method", "shape", "config"), CASES[:9])

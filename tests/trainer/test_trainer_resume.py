@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ def test_another_base_or_another_rate_is_refused(qwen2: Path, rows: Path, tmp_pa
     whole = train("lora", **{**run, "out": tmp_path / "b"}, model=qwen2, training={**constant, "max_steps": 8})
     assert longer.steps == 8
     assert_equal(tensors(longer.out), tensors(whole.out))
+
+
+@pytest.mark.parametrize("name", ["model", "learning_rate"])
+def test_an_older_versions_checkpoint_is_refused(name: str, qwen2: Path, rows: Path, tmp_path: Path):
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", "overwrite": True}
+    train("lora", **run, training={**QUICK, **SAVES})
+    for noted in (tmp_path / "a.checkpoints").glob("*/run.json"):
+        noted.write_text(json.dumps({k: v for k, v in json.loads(noted.read_text()).items() if k != name}))
+    with pytest.raises(OptionError, match=f"of an older version, which did not note its {name}"):
+        train("lora", **run, training={**QUICK, **SAVES}, resume=True)
 
 
 def test_a_longer_run_of_a_falling_rate_is_refused(qwen2: Path, rows: Path, tmp_path: Path):

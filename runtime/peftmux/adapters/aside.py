@@ -34,6 +34,13 @@ def folder_aside(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def put_in_place(aside: Path, target: Path) -> None:
+    """Rename `aside`'s folder `new` to `target`. What was there is moved into `aside`, and goes with it."""
+    if target.exists():
+        os.rename(target, aside / "old")
+    os.rename(aside / "new", target)
+
+
 def remove_leftovers(target: Path) -> list[Path]:
     """Remove what killed processes left beside `target`, and nothing that a live one is writing. Returns what went.
 

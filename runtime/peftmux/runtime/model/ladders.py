@@ -25,7 +25,8 @@ from peftmux.kernels.attention import AttentionPath, AttentionRows, choose_atten
 from peftmux.kernels.ladder import Ladder, climb, finish, rotation, start
 from peftmux.kernels.tree import mapped, tensors
 from peftmux.runtime.errors import AdapterMemoryExhausted
-from peftmux.runtime.model.step import SlotRows, StepState, index_tensor
+from peftmux.runtime.model.staging import to_device
+from peftmux.runtime.model.step import SlotRows, StepState
 from peftmux.runtime.scheduler.plan import RowPlan
 
 _NAMES = count()
@@ -168,12 +169,9 @@ class Ladders:
             [row.blocks for row, _ in own],
             self._device,
         )
-        return SlotRows(
-            tokens=index_tensor(tokens, self._device),
-            positions=index_tensor([positions[at] for at in tokens], self._device),
-            slots=index_tensor([slots[at] for at in tokens], self._device),
-            rows=rows,
-        )
+        lists = [tokens, [positions[at] for at in tokens], [slots[at] for at in tokens]]
+        staged = to_device(lists, self._device)
+        return SlotRows(tokens=staged[0], positions=staged[1], slots=staged[2], rows=rows)
 
     def _watch(self) -> None:
         self._watches.append(self._layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))

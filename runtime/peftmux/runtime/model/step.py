@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from peftmux.kernels.attention import AttentionRows
@@ -68,9 +67,3 @@ class StepState:
     def inputs(self) -> StepInputs:
         assert self._inputs is not None, "a layer ran outside a step"
         return self._inputs
-
-
-def index_tensor(values: list[int], device: torch.device) -> Tensor:
-    """int64 on the device, through pinned memory where that makes the copy asynchronous."""
-    tensor = torch.tensor(values, dtype=torch.int64)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

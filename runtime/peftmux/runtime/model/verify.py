@@ -10,7 +10,8 @@ from peftmux.kernels.lowrank import Segments
 from peftmux.runtime.errors import UnsupportedModel
 from peftmux.runtime.model.cache import PagedCache
 from peftmux.runtime.model.loaded import LoadedModel
-from peftmux.runtime.model.step import StepInputs, index_tensor
+from peftmux.runtime.model.staging import to_device
+from peftmux.runtime.model.step import StepInputs
 
 _LENGTHS = (19, 6)
 _STEPS = (((0, 8, 0), (0, 6, 1)), ((8, 18, 0),), ((18, 19, 0),))
@@ -64,13 +65,14 @@ def _inputs(
     lens = [b - a for a, b, _ in step]
     tables = [blocks[s][: -(-b // _BLOCK)] for _, b, s in step]
     segments = Segments.build([0] * len(step), lens, device)
+    staged = to_device([ids, positions, slots, range(len(ids))], device)
     return StepInputs(
-        ids=index_tensor(ids, device).unsqueeze(0),
-        positions=index_tensor(positions, device).unsqueeze(0),
-        slots=index_tensor(slots, device),
+        ids=staged[0].unsqueeze(0),
+        positions=staged[1].unsqueeze(0),
+        slots=staged[2],
         rows=AttentionRows.build(lens, [b for _, b, _ in step], tables, device),
         segments=segments,
-        keep=index_tensor(list(range(len(ids))), device),
+        keep=staged[3],
         kept=segments,
     )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftmux.adapters.aside import folder_aside
+from peftmux.adapters.aside import folder_aside, put_in_place
 from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import read_adapter
 from peftmux.adapters.writer import write_adapter, write_files
@@ -79,7 +78,5 @@ def publish(folder: str | Path, directory: str | Path, name: str = "") -> Path:
     source, target = Path(folder), Path(directory) / (name or Path(folder).name)
     with folder_aside(target) as aside:
         shutil.copytree(source, aside / "new")
-        if target.exists():
-            os.rename(target, aside / "old")
-        os.rename(aside / "new", target)
+        put_in_place(aside, target)
     return target

@@ -10,13 +10,12 @@ data, dropout, and the start where it is drawn (for prompts `--prompt-init vocab
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftmux.adapters.aside import folder_aside, put_in_place
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
 from peftmux.trainer.files.outputs import check_out
@@ -55,23 +54,14 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
     out, count = Path(spec.options.out), spec.options.ensemble or 0
     _check_members(out)
     seed = int(given.get("seed", _SEED))
-    work = out.parent / f".{out.name}.ensemble"
-    replaced = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(work, ignore_errors=True)
     plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
-    try:
-        own = [{**in_folder(plain, work, str(i)), "seed": seed + i} for i in range(count)]
+    with folder_aside(out) as aside:
+        own = [{**in_folder(plain, aside / "new", str(i)), "seed": seed + i} for i in range(count)]
         run = JobRun([job_spec(str(i), spec.method.name, o, "--ensemble") for i, o in enumerate(own)])
         results = run.run()
         if run.failed:
             raise TrainerError("; ".join(f"member {name}: {message}" for name, message in run.failed.items()))
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(out, replaced)
-        os.rename(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(aside, out)
     if spec.options.publish:
         for i in range(count):
             publish(out / str(i), spec.options.publish, f"{out.name}-{i}")

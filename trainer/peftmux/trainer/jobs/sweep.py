@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftmux.adapters.aside import folder_aside
 from peftmux.adapters.writer import write_files
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
@@ -53,12 +53,10 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
     option, values = _parse(spec)
     check_out(spec.options)
     out = Path(spec.options.out)
-    work = out.parent / f".{out.name}.sweep"
-    shutil.rmtree(work, ignore_errors=True)
     plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}
-    try:
+    with folder_aside(out) as aside:
         specs = {
-            value: job_spec(value, spec.method.name, {**in_folder(plain, work, str(i)), option: value}, "--sweep")
+            value: job_spec(value, spec.method.name, {**in_folder(plain, aside, str(i)), option: value}, "--sweep")
             for i, value in enumerate(values)
         }
         _check_different(specs)
@@ -70,8 +68,6 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
             raise TrainerError("no value is left: " + "; ".join(f"{option}={v}: {why}" for v, why in lost.items()))
         kept = Path(specs[best].options.out)
         write_files(out, {str(f.relative_to(kept)): f.read_bytes() for f in kept.rglob("*") if f.is_file()})
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     if spec.options.publish:
         publish(out, spec.options.publish)
     return SweepResult(option, {v: results[v] for v in values if v in results}, run.failed, best, out)
