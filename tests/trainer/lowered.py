@@ -25,6 +25,7 @@ def check_parts_give_the_models_logits(
     model: Any, attached: AttachedAdapter, base: Any, ids: Tensor, folder: Path
 ) -> LoweredAdapter:
     """model: with `attached`; base: the same without. The parts of the files written to `folder`, which must matter."""
+    attached.training_ended()
     export_adapter(attached, "base", folder, card="")
     with torch.no_grad():
         ours = model(input_ids=ids).logits

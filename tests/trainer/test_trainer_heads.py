@@ -163,6 +163,14 @@ def test_classifiers_and_writers_share_batches(qwen2: Path, data: dict[str, Path
             "data": str(data["token"]),
         },
         {"name": "probe", "method": "head", "max_steps": 3, "task": "sequence", "data": str(data["sequence"])},
+        {
+            "name": "difference",
+            "method": "diffpruning",
+            "sparsity": 0.1,
+            "max_steps": 6,
+            "task": "sequence",
+            "data": str(data["sequence"]),
+        },
     ]
     found = read_jobs(jobs_file(tmp_path, qwen2, rows, specs))
     JobRun(found).run()

@@ -113,7 +113,7 @@ def _gate(alpha: Tensor, draws: torch.Generator | None) -> Tensor:
 
 
 class DiffPruningAdapter(AttachedAdapter):
-    """Chooses the entries when the first phase is over, at the latest when they are exported."""
+    """Chooses the entries when the first phase is over, at the latest when the training has ended."""
 
     config: DiffPruningConfig
     seed: int
@@ -187,8 +187,7 @@ class DiffPruningAdapter(AttachedAdapter):
         return {**super().peft_config(), "target_modules": places, "sparsity": self.sparsity}
 
     def _changed(self) -> dict[str, DiffLinear]:
-        if not self.chosen:
-            self.choose()
+        assert self.chosen, "`training_ended` comes before any export"
         return {place: layer for place, layer in self.layers.items() if layer.kept.any()}
 
 

@@ -56,6 +56,7 @@ class HeadedAdapter(AttachedAdapter):
         if output in inner.changes:
             raise OptionError("target-modules", f"expected layers that a classifier has, which has no {output}")
         self._inner = inner
+        self._beside_prompt = inner._fields["peft_type"] in _PROMPTS
         self.head = head
         self.prefix, self.virtual = inner.prefix, inner.virtual
         self._model = model
@@ -69,14 +70,13 @@ class HeadedAdapter(AttachedAdapter):
         return {**self._inner.parameters, **self._head_tensors()}
 
     def peft_config(self) -> dict[str, object]:
-        fields = self._inner.peft_config()
         own: dict[str, object] = {
             "task_type": TASK_TYPES[self.head.kind],
             "id2label": {str(i): name for i, name in enumerate(self.head.labels)},
         }
-        if fields["peft_type"] not in _PROMPTS:
+        if not self._beside_prompt:
             own["modules_to_save"] = ["classifier", "score"]
-        return {**fields, **own}
+        return {**self._inner.peft_config(), **own}
 
     def tensors(self) -> dict[str, Tensor]:
         head = {name: parameter.detach().cpu() for name, parameter in self._head_tensors().items()}
@@ -129,8 +129,7 @@ class HeadedAdapter(AttachedAdapter):
         self._inner.detach()
 
     def _head_tensors(self) -> dict[str, nn.Parameter]:
-        prompts = self._inner.peft_config()["peft_type"] in _PROMPTS
-        stem = PREFIX.partition(".")[0] + "." if prompts else PREFIX
+        stem = PREFIX.partition(".")[0] + "." if self._beside_prompt else PREFIX
         return {f"{stem}{self.head.name}.{name}": parameter for name, parameter in self.head.named_parameters()}
 
 
