@@ -63,7 +63,9 @@ class Job:
         and where the teams outnumber the cores every small operation of a pass waits for its team to wake up."""
         self._thread = threading.Thread(target=self._run, name=f"job {name}", daemon=True)
         self.random = RandomState()
-        self._gradients: dict[str, Tensor | None] = {}
+        self._parameters = list(ready.adapter.parameters.values())
+        self._gradients: list[Tensor | None] = [None] * len(self._parameters)
+        """Of the parameters, between turns."""
 
     @property
     def step(self) -> int:
@@ -121,14 +123,13 @@ class Job:
     @contextmanager
     def gradients(self) -> Iterator[None]:
         """Within it the parameters' gradients are there, for a backward to add to."""
-        parameters = self.adapter.parameters
-        for name, parameter in parameters.items():
-            parameter.grad = self._gradients.get(name)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         try:
             yield
         finally:
-            self._gradients = {name: parameter.grad for name, parameter in parameters.items()}
-            for parameter in parameters.values():
+            self._gradients = [parameter.grad for parameter in self._parameters]
+            for parameter in self._parameters:
                 parameter.grad = None
 
     def draws(self) -> Draws:
