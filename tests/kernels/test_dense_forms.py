@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from peftmux.kernels import native
-from peftmux.kernels.dense import choose_dense, dense
+from peftmux.kernels.dense import DenseForm, choose_dense, dense
 from peftmux.kernels.dense.layout import pack, packed_elements, unpack
 from peftmux.kernels.dense.native_path import NativeForm
 from peftmux.kernels.dense.torch_path import PackedDense, PlainDense
@@ -83,6 +85,38 @@ def test_a_row_is_the_same_in_every_batch(tiles: NativeForm, outputs: int, input
     poisoned = x.clone()
     poisoned[1::2] = torch.nan
     assert torch.equal(layer(poisoned)[::2], alone[::2])
+
+
+def outputs_alone(form: DenseForm, dtype: torch.dtype, cuts: Sequence[tuple[int, int]]) -> None:
+    """Layers over some outputs of one give the whole one's numbers, also cut out of one another."""
+    weight, bias = made(200, 90, dtype)
+    x = torch.randn(2, 7, 90).to(dtype)
+    for given in (None, bias):
+        layer = form(weight, given)
+        for start, stop in cuts:
+            own = layer.columns(start, stop)
+            close(own(x), layer(x)[..., start:stop])
+            assert torch.equal(own.weight(), weight[start:stop])
+            again = own.columns(1, stop - start)
+            close(again(x), layer(x)[..., start + 1 : stop])
+            assert torch.equal(again.weight(), weight[start + 1 : stop])
+
+
+CUTS = ((0, 200), (64, 150), (96, 128), (32, 200), (7, 41), (190, 200))
+"""Some begin a panel of 32 outputs, some do not."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", TORCH)
+def test_some_outputs_alone(form: DenseForm, dtype: torch.dtype) -> None:
+    outputs_alone(form, dtype, CUTS)
+
+
+def test_some_outputs_alone_on_tiles(tiles: NativeForm) -> None:
+    outputs_alone(tiles, torch.bfloat16, CUTS)
+    weight, bias = made(200, 90)
+    layer, x = tiles(weight, bias), torch.randn(40, 90).bfloat16()
+    assert torch.equal(layer.columns(64, 150)(x), layer(x)[:, 64:150])
 
 
 def test_threads_do_not_change_it(tiles: NativeForm) -> None:

@@ -25,6 +25,10 @@ class Dense(Protocol):
         """The stacked weight, [sum of outs, in]."""
         ...
 
+    def columns(self, start: int, stop: int) -> Dense:
+        """A layer of outputs start .. stop - 1 alone, over the same memory: [..., in] -> [..., stop - start]."""
+        ...
+
 
 DenseForm = Callable[[Tensor, Tensor | None], Dense]
 """Of a weight [N, K] and a bias [N] or None."""

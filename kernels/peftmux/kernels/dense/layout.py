@@ -9,13 +9,13 @@ TILE = 16
 """Outputs of one tile, and the pairs of inputs in it."""
 DEPTH = 2 * TILE
 """Inputs of one tile."""
-_PANEL = 2 * TILE
+PANEL = 2 * TILE
 """Outputs of one panel: two tiles side by side."""
 
 
 def packed_elements(outputs: int, inputs: int) -> int:
     """Elements of a packed weight [outputs, inputs]: both are rounded up to 32."""
-    return _up(outputs, _PANEL) * _up(inputs, DEPTH)
+    return _up(outputs, PANEL) * _up(inputs, DEPTH)
 
 
 def pack(weight: Tensor, into: Tensor) -> None:
@@ -24,15 +24,15 @@ def pack(weight: Tensor, into: Tensor) -> None:
     What is added to N and K is zero.
     """
     outputs, inputs = weight.shape
-    steps, whole = _up(inputs, DEPTH) // DEPTH, outputs - outputs % _PANEL
+    steps, whole = _up(inputs, DEPTH) // DEPTH, outputs - outputs % PANEL
     panels = into.view(torch.int32).view(-1, steps, 2, TILE, TILE)
     if inputs % DEPTH:
         weight = torch.nn.functional.pad(weight, (0, -inputs % DEPTH))
-    panels[: whole // _PANEL] = _tiles(weight[:whole], steps)
+    panels[: whole // PANEL] = _tiles(weight[:whole], steps)
     if whole < outputs:
-        rest = weight.new_zeros(_PANEL, steps * DEPTH)
+        rest = weight.new_zeros(PANEL, steps * DEPTH)
         rest[: outputs - whole] = weight[whole:]
-        panels[whole // _PANEL :] = _tiles(rest, steps)
+        panels[whole // PANEL :] = _tiles(rest, steps)
 
 
 def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:

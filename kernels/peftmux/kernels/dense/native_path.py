@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from peftmux.kernels.dense.layout import DEPTH, pack, packed_elements, unpack
+from peftmux.kernels.dense.columns import Columns
+from peftmux.kernels.dense.layout import DEPTH, PANEL, pack, packed_elements, unpack
 from peftmux.kernels.dense.pages import HugePages
 from peftmux.kernels.native.library import Function
 
@@ -19,7 +20,15 @@ class NativeForm:
         self._pages = HugePages()
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> NativeDense:
-        return NativeDense(self._product, self._pages, weight, bias)
+        """weight: [N, K], bias: [N], both bfloat16."""
+        if weight.dtype is not torch.bfloat16 or (bias is not None and bias.dtype is not torch.bfloat16):
+            raise ValueError(f"expected torch.bfloat16, got {weight.dtype}, bias {bias is not None and bias.dtype}")
+        outputs, inputs = weight.shape
+        if bias is not None and bias.shape != (outputs,):
+            raise ValueError(f"expected bias of shape ({outputs},), got {tuple(bias.shape)}")
+        packed = self._pages.empty(packed_elements(outputs, inputs))
+        pack(weight, packed)
+        return NativeDense(self._product, packed, bias if bias is None else bias.contiguous(), outputs, inputs)
 
 
 class NativeDense:
@@ -28,17 +37,13 @@ class NativeDense:
     The tiles take numbers below 2^-126 in size as zero.
     """
 
-    def __init__(self, product: Function, pages: HugePages, weight: Tensor, bias: Tensor | None) -> None:
-        if weight.dtype is not torch.bfloat16 or (bias is not None and bias.dtype is not torch.bfloat16):
-            raise ValueError(f"expected torch.bfloat16, got {weight.dtype}, bias {bias is not None and bias.dtype}")
-        self._outputs, self._inputs = weight.shape
-        if bias is not None and bias.shape != (self._outputs,):
-            raise ValueError(f"expected bias of shape ({self._outputs},), got {tuple(bias.shape)}")
+    def __init__(self, product: Function, packed: Tensor, bias: Tensor | None, outputs: int, inputs: int) -> None:
+        """packed: as `layout.pack` fills it, and more behind it where these are some outputs of a layer."""
         self._product = product
-        self._packed = pages.empty(packed_elements(self._outputs, self._inputs))
-        pack(weight, self._packed)
-        self._bias = bias if bias is None else bias.contiguous()
-        self._steps = -(-self._inputs // DEPTH)
+        self._packed = packed
+        self._bias = bias
+        self._outputs, self._inputs = outputs, inputs
+        self._steps = -(-inputs // DEPTH)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.bfloat16 or x.shape[-1] != self._inputs:
@@ -61,6 +66,14 @@ class NativeDense:
     def weight(self) -> Tensor:
         """[N, K], as it was given, in memory of its own."""
         return unpack(self._packed, self._outputs, self._inputs)
+
+    def columns(self, start: int, stop: int) -> NativeDense | Columns:
+        """These panels alone are read, where the first output begins one."""
+        if start % PANEL:
+            return Columns(self, start, stop)
+        first, last = packed_elements(start, self._inputs), packed_elements(stop, self._inputs)
+        bias = None if self._bias is None else self._bias[start:stop]
+        return NativeDense(self._product, self._packed[first:last], bias, stop - start, self._inputs)
 
     def _rows(self, x: Tensor) -> Tensor:
         """[rows, K rounded up to whole tiles] of neighbouring elements; a view wherever there is one."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from peftmux.kernels.dense.columns import Columns
+
 
 class PlainDense:
     """torch's own product."""
@@ -19,6 +21,9 @@ class PlainDense:
 
     def weight(self) -> Tensor:
         return self._weight
+
+    def columns(self, start: int, stop: int) -> PlainDense:
+        return PlainDense(self._weight[start:stop], None if self._bias is None else self._bias[start:stop])
 
 
 class PackedDense:
@@ -38,3 +43,6 @@ class PackedDense:
     def weight(self) -> Tensor:
         out: Tensor = self._packed.to_dense()
         return out
+
+    def columns(self, start: int, stop: int) -> Columns:
+        return Columns(self, start, stop)

@@ -45,9 +45,12 @@ class InputScaleSite:
     def drop(self, slot: int) -> None:
         self._held.pop(slot, None)
 
+    def _runs(self, segments: Segments) -> list[tuple[InputScale, int, int]]:
+        return [(self._held[slot], start, end) for slot, start, end in segments.runs if slot in self._held]
+
     def scaled(self, x: Tensor, segments: Segments) -> Tensor:
         """x: [T, in] -> itself where no token's adapter scales it, else a copy in which those rows are scaled."""
-        runs = [(self._held[slot], start, end) for slot, start, end in segments.runs if slot in self._held]
+        runs = self._runs(segments)
         if not runs:
             return x
         copy = x.clone()
@@ -77,8 +80,13 @@ class SliceInputSite(InputScaleSite):
         self._layer = layer
 
     def apply(self, y: Tensor, x: Tensor, segments: Segments) -> None:
-        """Write, in place, the outputs of tokens whose adapter scales the input. y: [T, out], x: [T, in]."""
-        for slot, start, end in segments.runs:
-            part = self._held.get(slot)
-            if part is not None:
-                y[start:end] = self._layer(scale_input(x[start:end], part))
+        """Write, in place, the outputs of tokens whose adapter scales the input. y: [T, out], x: [T, in].
+
+        The layer is called once for all of them: its weight is read once.
+        """
+        runs = self._runs(segments)
+        if not runs:
+            return
+        made = self._layer(torch.cat([scale_input(x[start:end], part) for part, start, end in runs]))
+        for (_, start, end), own in zip(runs, made.split([end - start for _, start, end in runs]), strict=True):
+            y[start:end] = own

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.quantised import dequantised
+from peftmux.kernels.dense import Columns, Dense
 
 
 def stack(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -32,3 +33,6 @@ class QuantisedDense:
     def weight(self) -> Tensor:
         """[out, in] float32, made anew."""
         return dequantised(self._layer)
+
+    def columns(self, start: int, stop: int) -> Dense:
+        return Columns(self, start, stop)

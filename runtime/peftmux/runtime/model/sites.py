@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from peftmux.adapters.base import LinearSite
 from peftmux.kernels.dense import Dense
@@ -92,6 +91,7 @@ class SiteGroup:
         self.sites = tuple(sites)
         self.sizes = [s.out_features for s in sites]
         self.dense = dense
+        self._own = self._layers()
         self.lowrank = LowRankSite(sites[0].in_features, self.sizes, dtype, device)
         self.routed = RoutedSite(sites[0].in_features, self.sizes, dtype, device)
         self.biases = tuple(biases)
@@ -104,6 +104,11 @@ class SiteGroup:
         """Those of `_slices` that hold something, and `_input` as it is: read in every step."""
         self._scales_input = False
 
+    def _layers(self) -> list[Dense]:
+        """Each layer for itself."""
+        ends = pairwise(accumulate(self.sizes, initial=0))
+        return [self.dense] if len(self.sizes) == 1 else [self.dense.columns(*span) for span in ends]
+
     def _slice_sites(self, dtype: torch.dtype, device: torch.device) -> list[tuple[slice, dict[type, SliceChange]]]:
         """Of each layer its columns, and what can be there by type of part, in the order in which it is applied."""
         found: list[tuple[slice, dict[type, SliceChange]]] = []
@@ -111,7 +116,7 @@ class SiteGroup:
         for index, site in enumerate(self.sites):
             kinds: dict[type, SliceChange] = {ReplacedRows: rows_site(dtype, device)}
             if len(self.sites) > 1:
-                kinds[InputScale] = SliceInputSite(device, partial(self._one, index))
+                kinds[InputScale] = SliceInputSite(device, self._own[index])
             kinds[SparsePart] = sparse_site(site.in_features, site.out_features, device)
             found.append((slice(start, start + site.out_features), kinds))
             start += site.out_features
@@ -154,14 +159,9 @@ class SiteGroup:
         if not self.routed.empty:
             self.routed.apply(y, x, segments, self._step.inputs.shares)
 
-    def _one(self, index: int, x: Tensor) -> Tensor:
-        """The base's output of one layer: [T, in] -> [T, out]."""
-        return linear(x, self.weight(index), self.biases[index])
-
     def weight(self, index: int) -> Tensor:
         """[out, in] of one site."""
-        part: Tensor = self.dense.weight().split(self.sizes)[index]
-        return part
+        return self._own[index].weight()
 
 
 class SwappedLayer(nn.Module):
