@@ -22,6 +22,7 @@ from peftmux.runtime.model.graphs import DecodeGraphs, replayable, rerun
 from peftmux.runtime.model.loaded import LoadedModel
 from peftmux.runtime.model.tables import HostOperators
 from peftmux.runtime.params import ImagePatches, OutputOptions, Readout, SamplingParams
+from peftmux.runtime.scheduler import History
 from peftmux.runtime.scheduler.plan import ImageSpan, RowPlan
 from tests.engine.harness import Answer, ask, ask_all, check_quiet, load, request, running, until
 
@@ -45,8 +46,7 @@ def decoding(**changes: Any) -> RowPlan:
         prompt_logprobs_from=1,
         next_tokens=(),
         suppressed=(),
-        history=(),
-        prompt_length=5,
+        history=None,
     )
     return replace(row, **changes)
 
@@ -54,7 +54,13 @@ def decoding(**changes: Any) -> RowPlan:
 class TestWhichStepsAreTaken:
     @pytest.mark.parametrize(
         "changes",
-        [{}, {"slot": 3}, {"start": 40, "active_from": 3, "slot": 3}, {"history": (1, 2)}, {"suppressed": (2,)}],
+        [
+            {},
+            {"slot": 3},
+            {"start": 40, "active_from": 3, "slot": 3},
+            {"history": History((1, 2))},
+            {"suppressed": (2,)},
+        ],
         ids=str,
     )
     def test_decode_of_any_adapter_in_tables(self, changes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import exp, log, log1p
 from types import SimpleNamespace
 
@@ -10,10 +11,18 @@ import pytest
 from torch import Tensor
 
 from peftmux.runtime.params import OutputOptions, SamplingParams
-from peftmux.runtime.scheduler import RowPlan
+from peftmux.runtime.scheduler import History, RowPlan
 
 WORD = (1 << 32) - 1
 DEFAULT = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class Told(RowPlan):
+    """A plan that says besides what its history was made of."""
+
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
 
 
 def row(
@@ -28,7 +37,7 @@ def row(
     """A row that samples its next token after `prompt` and `output`."""
     penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
     tokens = prompt + output
-    return RowPlan(
+    return Told(
         row=id,
         slot=0,
         tokens=tokens[-1:],
@@ -42,9 +51,17 @@ def row(
         prompt_logprobs_from=1,
         next_tokens=(),
         suppressed=suppressed,
-        history=tokens if penalised else (),
-        prompt_length=len(prompt),
+        history=history(prompt, output) if penalised else None,
+        prompt_ids=prompt,
+        output_ids=output,
     )
+
+
+def history(prompt: tuple[int, ...], output: tuple[int, ...]) -> History:
+    told = History(prompt)
+    for drawn in output:
+        told.add(drawn)
+    return told
 
 
 def _mix64(word: int) -> int:
@@ -65,16 +82,16 @@ def noise(seed: int, index: int, id: int) -> float:
     return log(-log1p(-min(uniform, 1 - 2**-24)))
 
 
-def changed(logits: list[float], plan: RowPlan) -> list[float]:
+def changed(logits: list[float], plan: Told) -> list[float]:
     sampling, logits = plan.sampling, list(logits)
     if sampling.repetition_penalty != 1:
-        for t in set(plan.history):
+        for t in {*plan.prompt_ids, *plan.output_ids}:
             logits[t] = (
                 logits[t] / sampling.repetition_penalty if logits[t] > 0 else logits[t] * sampling.repetition_penalty
             )
-    for t in plan.history[plan.prompt_length :]:
+    for t in plan.output_ids:
         logits[t] -= sampling.frequency_penalty
-    for t in set(plan.history[plan.prompt_length :]):
+    for t in set(plan.output_ids):
         logits[t] -= sampling.presence_penalty
     for t, bias in sampling.logit_bias.items():
         logits[t] += bias
@@ -98,7 +115,7 @@ def survivors(scores: list[float], sampling: SamplingParams) -> set[int]:
     return set(head)
 
 
-def token(logits: Tensor, plan: RowPlan) -> int:
+def token(logits: Tensor, plan: Told) -> int:
     scores = changed(logits.float().tolist(), plan)
     sampling = plan.sampling
     if sampling.temperature == 0:

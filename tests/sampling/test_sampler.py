@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from peftmux.runtime.model.sampler import prompt_logprobs, sample
 from peftmux.runtime.model.sampling_filters import filtered
 from peftmux.runtime.model.sampling_noise import draw_key, log_exponential
+from peftmux.runtime.model.sampling_penalties import change_logits
 from peftmux.runtime.params import SamplingParams
 
 VOCABULARY = 300
@@ -54,6 +58,40 @@ def test_equals_the_reference_row_by_row(plan, reference, rows, seed):
     plans = [plan(s, prompt=tuple(p), output=tuple(o), suppressed=tuple(x)) for s, p, o, x in rows]
     expected = [reference.token(one, p) for one, p in zip(logits, plans, strict=True)]
     assert tokens_of(logits, plans) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_changes_are_the_formulas_to_the_bit(plan, seed):
+    """float32 arithmetic in the order that is written above `change_logits`, id by id, over long histories."""
+    chance = random.Random(seed)
+    kinds = [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.7, "frequency_penalty": 0.1},
+        {"frequency_penalty": -0.3, "repetition_penalty": 0.77, "logit_bias": {3: 1.7, 5: -100.0}},
+        {"logit_bias": {0: 0.1}},
+        {},
+        {"presence_penalty": -0.9},
+    ]
+    rows, told = [], []
+    for kind in kinds:
+        prompt, output = (tuple(chance.choices(range(0, 90, 1 + len(kind)), k=n)) for n in (300, chance.randrange(400)))
+        suppressed = (7, 9) if chance.random() < 0.5 else ()
+        rows.append(plan(SamplingParams(**kind), prompt=prompt, output=output, suppressed=suppressed))
+        told.append((prompt, output))
+    logits = logits_of(len(rows), seed)
+    changed = logits.clone()
+    change_logits(changed, rows)
+    for i, (row, (prompt, output)) in enumerate(zip(rows, told, strict=True)):
+        sampling = row.sampling
+        for id in range(VOCABULARY):
+            value, count = np.float32(logits[i, id].item()), output.count(id)
+            penalty = np.float32(sampling.repetition_penalty)
+            if id in prompt + output:
+                value = value / penalty if value > 0 else value * penalty
+            if count:
+                value += np.float32(-(sampling.presence_penalty + sampling.frequency_penalty * count))
+            value += np.float32(sampling.logit_bias.get(id, 0.0))
+            assert changed[i, id].item() == (-math.inf if id in row.suppressed else value), (i, id)
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from peftmux.runtime.errors import AdapterMemoryExhausted, InvalidRequest
@@ -370,8 +372,37 @@ def test_history_is_filled_where_a_penalty_needs_it(serving, sampling, wanted):
     batch.add(0, [4, 5], salt=b"soft", slot=1, virtual_tokens=2, sampling=sampling)
     batch.step()
     row = batch.step().rows[0]
-    assert row.history == ((4, 5, batch.outputs[0][0]) if wanted else ())
-    assert (row.prompt_length, row.generated) == (2, 1)
+    assert row.generated == 1
+    assert (row.history is not None) == wanted
+    if wanted:
+        assert told(row.history) == ({4, 5, *batch.outputs[0]}, Counter(batch.outputs[0]))
+
+
+def told(history):
+    """-> (which ids it has seen, how often the output has each): lists without a second entry of any."""
+    assert len(set(history.seen)) == len(history.seen)
+    assert len(set(history.drawn)) == len(history.drawn)
+    return set(history.seen), Counter(dict(zip(history.drawn, history.counts, strict=True)))
+
+
+def test_histories_stand_preemption(serving, monkeypatch):
+    """Rows of up to 14 tokens in 7 blocks of 4; ids that come again, and virtual ones among a prompt's own."""
+    batch = serving(num_blocks=8)
+    preempt, victims = batch.scheduler._preempt, []
+    monkeypatch.setattr(batch.scheduler, "_preempt", lambda row: victims.append(row.new.id) or preempt(row))
+    prompts = {0: (4, 5, 4), 1: (7, -1, 8, -2), 2: (9, 9, 9)}
+    for id, prompt in prompts.items():
+        inner = sum(token < 0 for token in prompt)
+        batch.add(id, prompt, 10, salt=b"own", inner_virtual=inner, sampling=SamplingParams(presence_penalty=0.5))
+    histories = {}
+    while plan := batch.step():
+        histories |= {row.row: row.history for row in plan.rows if row.row not in batch.finished}
+        for id, history in histories.items():
+            if id not in batch.finished:
+                real = {token for token in prompts[id] if token >= 0}
+                assert told(history) == (real | set(batch.outputs[id]), Counter(batch.outputs[id]))
+    assert victims, "nobody was preempted"
+    assert [len(batch.outputs[id]) for id in prompts] == [10, 10, 10]
 
 
 def test_abort_frees_at_once_in_every_state(serving):

@@ -81,6 +81,5 @@ def _row(slot: int, prefix: PrefixBlocks, start: int, stop: int, block_size: int
         prompt_logprobs_from=stop - start,
         next_tokens=(),
         suppressed=(),
-        history=(),
-        prompt_length=0,
+        history=None,
     )

@@ -9,63 +9,70 @@ suppressed  -inf
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from peftmux.runtime.model.staging import on_device
 from peftmux.runtime.scheduler.plan import RowPlan
 
+Change = tuple[int, Any, Any]
+"""(row, its ids, each once, a value for each or one for all): sequences of numbers."""
+
 
 def changes_logits(row: RowPlan) -> bool:
-    return bool(row.history or row.sampling.logit_bias or row.suppressed)
+    return bool(row.history is not None or row.sampling.logit_bias or row.suppressed)
 
 
 def change_logits(logits: Tensor, rows: Sequence[RowPlan]) -> None:
-    """In place. logits: [R, V] float32; rows: R."""
-    repeated = _entries(
-        logits, ((i, t, row.sampling.repetition_penalty) for i, row in enumerate(rows) for t in _seen(row))
-    )
-    if repeated is not None:
+    """In place. logits: [R, V] float32, contiguous; rows: R."""
+    flat, width = logits.view(-1), logits.shape[1]
+    if repeated := _entries(_repeated(rows), width, logits.device):
         at, penalty = repeated
-        found = logits[at]
-        logits[at] = torch.where(found > 0, found / penalty, found * penalty)
-    added = _entries(logits, ((i, t, -a) for i, row in enumerate(rows) for t, a in _output_penalties(row)))
-    for entries in (added, _entries(logits, _biases(rows))):
-        if entries is not None:
+        found = flat[at]
+        flat[at] = torch.where(found > 0, found / penalty, found * penalty)
+    for added in (_output_penalties(rows), _biases(rows)):
+        if entries := _entries(added, width, logits.device):
             at, amount = entries
-            logits[at] += amount
-    suppressed = _entries(logits, ((i, t, float("-inf")) for i, row in enumerate(rows) for t in row.suppressed))
-    if suppressed is not None:
+            flat[at] += amount
+    if suppressed := _entries(_suppressed(rows), width, logits.device):
         at, amount = suppressed
-        logits[at] = amount
+        flat[at] = amount
 
 
-def _entries(logits: Tensor, entries: Iterable[tuple[int, int, float]]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
-    """(row, id, value) triples as an index into `logits` and the values; ids are distinct within a row."""
-    listed = list(entries)
-    if not listed:
+def _entries(changes: Iterator[Change], width: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Where in the flattened logits, and the float32 values there; None for nothing. width: V."""
+    found = [(row * width + np.asarray(ids, dtype=np.int64), values) for row, ids, values in changes if len(ids)]
+    if not found:
         return None
-    rows, ids, values = zip(*listed, strict=True)
-    device = logits.device
-    index = on_device([rows, ids], device)
-    return (index[0], index[1]), on_device(values, device, logits.dtype)
+    spread: list[NDArray[Any]] = [np.broadcast_to(np.asarray(values), at.shape) for at, values in found]
+    at = on_device(np.concatenate([at for at, _ in found]), device)
+    return at, on_device(np.concatenate(spread), device, torch.float32)
 
 
-def _seen(row: RowPlan) -> set[int]:
-    return set(row.history) if row.sampling.repetition_penalty != 1.0 else set()
-
-
-def _output_penalties(row: RowPlan) -> Iterable[tuple[int, float]]:
-    presence, frequency = row.sampling.presence_penalty, row.sampling.frequency_penalty
-    if presence or frequency:
-        for token, count in Counter(row.history[row.prompt_length :]).items():
-            yield token, presence + frequency * count
-
-
-def _biases(rows: Sequence[RowPlan]) -> Iterable[tuple[int, int, float]]:
+def _repeated(rows: Sequence[RowPlan]) -> Iterator[Change]:
     for i, row in enumerate(rows):
-        for token, bias in row.sampling.logit_bias.items():
-            yield i, token, bias
+        if row.history is not None and row.sampling.repetition_penalty != 1.0:
+            yield i, row.history.seen, row.sampling.repetition_penalty
+
+
+def _output_penalties(rows: Sequence[RowPlan]) -> Iterator[Change]:
+    for i, row in enumerate(rows):
+        presence, frequency = row.sampling.presence_penalty, row.sampling.frequency_penalty
+        if row.history is not None and (presence or frequency):
+            yield i, row.history.drawn, -(presence + frequency * np.array(row.history.counts, dtype=np.float64))
+
+
+def _biases(rows: Sequence[RowPlan]) -> Iterator[Change]:
+    for i, row in enumerate(rows):
+        if biases := row.sampling.logit_bias:
+            yield i, list(biases), list(biases.values())
+
+
+def _suppressed(rows: Sequence[RowPlan]) -> Iterator[Change]:
+    for i, row in enumerate(rows):
+        yield i, row.suppressed, float("-inf")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _ALIGNED = 2
@@ -24,7 +25,7 @@ def to_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Tens
     return pieces(packed(lists, device).to(device, non_blocking=True), sizes)
 
 
-def on_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def on_device(values: Sequence[Any] | NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`torch.tensor`, which on a GPU would wait for everything that has been launched."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftmux.runtime.params import ImagePatches, OutputOptions, Readout, SamplingParams, State, TokenLogprob
+from peftmux.runtime.scheduler.history import History
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,8 @@ class RowPlan:
     """
     suppressed: tuple[int, ...]
     """Token ids that may not be drawn yet (end tokens before min_tokens)."""
-    history: tuple[int, ...]
-    """Every real token of the row (prompt and generated); filled only where a penalty needs it."""
-    prompt_length: int
-    """How many of `history` are the prompt's."""
+    history: History | None
+    """Of a row with penalties; the row adds to it when this step's token is known."""
     active_from: int = 0
     """Cache position from which the slot's adapter applies; before it the base model runs."""
     readout: Readout | None = None
@@ -105,7 +104,7 @@ class StepPlan:
         A row with penalties needs its tokens themselves. What a readout or a report of the prompt gives is taken while
         the row's adapter is sure to be there.
         """
-        return all(not row.history and row.readout is None and not row.next_tokens for row in self.rows)
+        return all(row.history is None and row.readout is None and not row.next_tokens for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftmux.runtime.params import OutputOptions, Readout, SamplingParams
+from peftmux.runtime.scheduler.history import History
 from peftmux.runtime.scheduler.keys import BlockKey, block_key, root_digest
 from peftmux.runtime.scheduler.plan import ImageSpan, RowPlan
 
@@ -102,6 +103,7 @@ class Row:
         "blocks",
         "cached_tokens",
         "copy",
+        "history",
         "new",
         "next_reported",
         "num_computed",
@@ -110,7 +112,6 @@ class Row:
         "order",
         "prompt_end",
         "tokens",
-        "wants_history",
     )
 
     def __init__(self, new: NewRow, block_size: int) -> None:
@@ -131,9 +132,9 @@ class Row:
         self.next_reported = self._first_reported()
         """The first position whose prediction of a prompt token, or hidden state, has not been reported."""
         sampling = new.sampling
-        self.wants_history = (
-            sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-        )
+        wanted = sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
+        self.history = History(token for token in new.prompt if token >= 0) if wanted else None
+        """For the penalties of a row that has any."""
         self._block_size = block_size
         self._root = root_digest(new.salt, new.position_offset)
         self._keys: list[BlockKey] = []
@@ -221,8 +222,7 @@ class Row:
             report,
             predicted,
             new.end_token_ids if len(tokens) - self.prompt_end < new.min_tokens else (),
-            self._real_tokens(len(tokens)) if self.wants_history else (),
-            len(new.prompt) - new.inner_virtual,
+            self.history,
             new.active_from,
             new.readout,
             count if new.readout is None else min(max(self.next_reported - start, 0), count),
@@ -233,7 +233,10 @@ class Row:
     def draw(self, token: int | None) -> None:
         """One more token; None is one that is not known yet, and that `learn` says later."""
         if token is None:
+            assert self.history is None, f"row {self.new.id} has penalties, which need every token"
             self.awaited = len(self.tokens)
+        elif self.history is not None:
+            self.history.add(token)
         self.tokens.append(_UNKNOWN if token is None else token)
 
     def learn(self, token: int) -> None:
@@ -246,11 +249,7 @@ class Row:
         if not self.new.inner_virtual:
             return max(0, stop - self.num_virtual)
         seen = sum(min(span.stop, stop) - span.start for span in self.new.images if span.start < stop)
-        return len(self._real_tokens(stop)) + seen
-
-    def _real_tokens(self, stop: int) -> tuple[int, ...]:
-        tokens = self.tokens[self.num_virtual : stop]
-        return tuple([token for token in tokens if token >= 0]) if self.new.inner_virtual else tuple(tokens)
+        return sum(token >= 0 for token in self.tokens[self.num_virtual : stop]) + seen
 
     def _blocks_until(self, end: int) -> tuple[int, ...]:
         """The table is rebuilt only when it grows: a decode row keeps one tuple for block_size steps."""
