@@ -146,6 +146,33 @@ def test_a_run_bends_the_model_with_the_defaults(loss: str, taught: Path, tmp_pa
     assert f"{64 if loss == 'dpo' else 128} rows of {loss}" in card
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_rewards_are_of_the_rows_trained_on(loss: str, taught: Path, tmp_path: Path):
+    """Not of those of an evaluation between two logs: these give the same numbers without it."""
+    logged: dict[str, list[float]] = {}
+    for name, extra in (("a", {}), ("b", {"eval_strategy": "steps", "eval_steps": 1})):
+        logged[name] = []
+
+        class Record(TrainerCallback):
+            seen = logged[name]
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                self.seen += [logs[key] for key in ("reward_margin", "reward_accuracy") if key in logs]
+
+        train(
+            "lora",
+            model=taught,
+            data=put(tmp_path / "rows.jsonl", loss, 16),
+            eval_data=put(tmp_path / "eval.jsonl", loss, 16, seed=1),
+            out=tmp_path / name,
+            training={**QUICK, "eval_strategy": "no", "logging_steps": 2, **extra},
+            loss=loss,
+            callbacks=[Record()],
+        )
+    assert len(logged["a"]) == 6
+    assert logged["a"] == logged["b"]
+
+
 class StopAt(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt

@@ -122,10 +122,37 @@ def test_a_run_that_diverges_writes_nothing(qwen2: Path, rows: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_of_like_length_can_share_a_batch(qwen2: Path, tmp_path: Path):
-    data = write_rows(tmp_path / "d.jsonl", [{"text": "ab" * (1 + i % 7)} for i in range(32)])
-    training = {**QUICK, "train_sampling_strategy": "group_by_length"}
-    assert train("lora", model=qwen2, data=data, out=tmp_path / "a", training=training).steps == 6
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_of_like_length_can_share_a_batch(packing: bool, qwen2: Path, tmp_path: Path):
+    """A batch is then filled up with less; so are those of an evaluation. No two rows fit into a pack."""
+    data = write_rows(tmp_path / "d.jsonl", [{"text": "ab" * (4 + i % 4)} for i in range(64)])
+    options: dict[str, Any] = {"packing": True, "pack_length": 16} if packing else {}
+    filled: dict[str, list[int]] = {"train_dataloader": [], "eval_dataloader": []}
+
+    class Count(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._count(kwargs, "train_dataloader")
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._count(kwargs, "eval_dataloader")
+
+        def _count(self, kwargs: Any, loader: str) -> None:
+            filled[loader].append(sum(int((batch["input_ids"] == 0).sum()) for batch in kwargs[loader]))
+
+    for extra in ({}, {"train_sampling_strategy": "group_by_length"}):
+        train(
+            "lora",
+            model=qwen2,
+            data=data,
+            eval_data=data,
+            out=tmp_path / "a",
+            training={**QUICK, "max_steps": 1, "eval_strategy": "no", **extra},
+            callbacks=[Count()],
+            overwrite=True,
+            **options,
+        )
+    for _, grouped in filled.values():
+        assert grouped < 0.6 * filled["train_dataloader"][0], filled
 
 
 def test_gradient_checkpointing_changes_no_number(qwen2: Path, rows: Path, tmp_path: Path):

@@ -114,10 +114,19 @@ class AdapterTrainer(Trainer):
         if str(self.args.train_sampling_strategy) != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self._lengths = EpochLengthSampler(batch, [len(row["input_ids"]) for row in rows], seed)
+        self._lengths = self._by_length(rows, self.args.train_batch_size * self.args.gradient_accumulation_steps)
         return self._lengths
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if str(self.args.train_sampling_strategy) != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return self._by_length(eval_dataset, self.args.eval_batch_size)
+
+    def _by_length(self, rows: Any, batch: int) -> EpochLengthSampler:
+        """rows: as a collator takes them. transformers' own sampler knows no packs, and draws from torch's state."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = [row["length"] if "length" in row else len(row["input_ids"]) for row in rows]
+        return EpochLengthSampler(batch, lengths, seed)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where the checkpoint is of a run's end: transformers would make one step more."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,8 +39,9 @@ class Preference:
     kind: str
     beta: float
     weights: tuple[float, float] = (1.0, 1.0)
-    _gains: list[Tensor] = field(default_factory=list)
-    """Since the last `metrics`: of each row the (implied) reward, positive where it goes the wanted way."""
+    _seen: Tensor | None = None
+    """Of the rows trained on since the last `metrics`: the sum of their (implied) rewards, each positive where it goes
+    the wanted way, how many are positive, and how many there are."""
 
     def loss(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """Mean over the batch's rows. logits: [2 B, K, V], labels: [2 B, K], pair by pair."""
@@ -48,19 +49,25 @@ class Preference:
         reference = extras[REFERENCE].to(policy.device)
         ratios = (policy - reference).detach()
         if self.kind == "dpo":
-            self._gains.append(self.beta * (ratios[:, 0] - ratios[:, 1]))
+            self._note(logits, ratios[:, 0] - ratios[:, 1])
             return dpo(policy, reference, self.beta).mean()
         desirable = extras[DESIRABLE].to(policy.device)
-        self._gains.append(self.beta * torch.where(desirable, ratios[:, 0], -ratios[:, 0]))
+        self._note(logits, torch.where(desirable, ratios[:, 0], -ratios[:, 0]))
         return kto(policy, reference, desirable, self.beta, self.weights).mean()
+
+    def _note(self, logits: Tensor, gains: Tensor) -> None:
+        """Nothing of an evaluation, whose logits have no gradient."""
+        if logits.requires_grad:
+            rows = torch.stack([self.beta * gains, gains > 0, torch.ones_like(gains)]).sum(1)
+            self._seen = rows if self._seen is None else self._seen + rows
 
     def metrics(self) -> dict[str, float]:
         """Since the last call: the mean margin, and the share of rows that have one."""
-        if not self._gains:
+        if self._seen is None:
             return {}
-        gains = torch.cat(self._gains)
-        self._gains.clear()
-        return {"reward_margin": float(gains.mean()), "reward_accuracy": float((gains > 0).float().mean())}
+        margin, right, rows = self._seen.tolist()
+        self._seen = None
+        return {"reward_margin": margin / rows, "reward_accuracy": right / rows}
 
     @torch.no_grad()
     def add_references(self, trainer: Trainer, features: Sequence[dict[str, Any]]) -> None:
