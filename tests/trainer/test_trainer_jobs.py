@@ -270,8 +270,12 @@ def test_one_checkpoint_folder_given_to_many_is_one_for_each(qwen2: Path, few: P
     assert {path.name for path in (tmp_path / "ck").iterdir()} == {"0", "1"}
     assert main([*words, "--overwrite", "--ensemble", "2", "--out", str(tmp_path / "b")]) == 0
     specs = [{**SPECS[0], "name": name, "out": str(tmp_path / name)} for name in ("c", "d")]
-    jobs = read_jobs(jobs_file(tmp_path, qwen2, few, specs, output_dir=str(tmp_path / "ck")))
-    assert [job.training["output_dir"] for job in jobs] == [str(tmp_path / "ck" / name) for name in ("c", "d")]
+    for option in ("output_dir", "output-dir"):
+        jobs = read_jobs(jobs_file(tmp_path, qwen2, few, specs, **{option: str(tmp_path / "ck")}))
+        assert [job.training["output_dir"] for job in jobs] == [str(tmp_path / "ck" / name) for name in ("c", "d")]
+    specs[0]["output-dir"] = "own"
+    jobs = read_jobs(jobs_file(tmp_path, qwen2, few, specs, output_dir="ck"))
+    assert [job.training["output_dir"] for job in jobs] == ["own", "ck/d"]
 
 
 def test_an_ensemble_is_its_members_solo_runs(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):

@@ -151,7 +151,7 @@ def test_recomputing_changes_no_number(qwen2: Path, rows: Path, tmp_path: Path):
         ({"reduction_factor": 0}, "reduction-factor: expected 1 or more, got 0"),
         ({"layers": [2]}, r"layers: expected numbers below 2, got \[2\]"),
         ({"layers": []}, "layers: expected"),
-        ({"merge": "mean"}, "merge: expected replace, add or gate, got 'mean'"),
+        ({"merge": "mean"}, "merge: expected replace or add or gate, got 'mean'"),
         ({"hidden_act": "swoosh"}, "hidden-act: expected one of"),
         ({"temperature": 0.0}, "temperature: expected"),
     ],

@@ -18,6 +18,7 @@ from peftmux.trainer.data import Example
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import export_adapter
 from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
+from peftmux.trainer.settings.options import build_config
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.tiny_models import CONFIGS, build_model, random_ids, scramble
 
@@ -43,7 +44,7 @@ CASES = [
 
 def attach(method: str, model: Any, config: dict[str, Any] | None = None) -> AttachedAdapter:
     chosen = METHODS[method]
-    return chosen.attach(model, chosen.config_class(**config or {}), AttachContext(seed=0))
+    return chosen.attach(model, build_config(chosen.config_class, config or {}), AttachContext(seed=0))
 
 
 def peft_model(shape: str, folder: Path) -> Any:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from peftmux.trainer import DataError, OptionError, train
 from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.data.preference import encode_preferences
-from peftmux.trainer.data.rows import read_rows
+from peftmux.trainer.data.rows import Row, read_rows
 from peftmux.trainer.jobs.file import read_jobs
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.preference import dpo, kto, log_probabilities
@@ -249,6 +249,33 @@ def test_kto_needs_another_row(tmp_path: Path):
     path = write_rows(tmp_path / "rows.jsonl", rows_of("kto", 1)[:1])
     with pytest.raises(DataError, match="expected at least 2 rows of at most 64 tokens, found 1"):
         encode_preferences(read_rows(path, "kto"), build_tokenizer(), path, max_length=64)
+
+
+class Counted(str):
+    """Counts how often a prompt is compared."""
+
+    compared = 0
+
+    def __ne__(self, other: object) -> bool:
+        type(self).compared += 1
+        return str(self) != str(other)
+
+    __hash__ = str.__hash__
+
+
+@pytest.mark.parametrize("prompts", ["aabca", "abcab", "aaaaa", "ba", "cbbaacbbac", "a" * 300])
+def test_another_rows_completion_is_that_of_the_next_other_prompt(prompts: str, tmp_path: Path):
+    n = len(prompts)
+    rows = [
+        Row(i, "kto", {"prompt": Counted(p), "completion": chr(97 + i), "label": True}) for i, p in enumerate(prompts)
+    ]
+    Counted.compared = 0
+    encoded = encode_preferences(rows, build_tokenizer(), tmp_path, max_length=64, append_eos=False)
+    assert Counted.compared <= 2 * n, "a file may have any number of rows, all with one prompt"
+    circle = [[*range(i + 1, n), *range(i)] for i in range(n)]
+    wanted = [next((j for j in after if prompts[j] != prompts[i]), after[0]) for i, after in enumerate(circle)]
+    own, other = encoded.examples[::2], encoded.examples[1::2]
+    assert [example.input_ids[1:] for example in other] == [own[j].input_ids[1:] for j in wanted]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 
 from peftmux.trainer import OptionError, TrainerError, train
 from peftmux.trainer.cli import main
+from peftmux.trainer.methods import METHODS
+from peftmux.trainer.settings.options import build_config
 from tests.trainer.method_runs import QUICK, assert_equal, tensors
 from tests.trainer.tiny_models import write_rows
 
@@ -91,6 +93,10 @@ def test_training_arguments_that_cannot_be_meant(training: dict[str, Any], messa
             {"task": "token", "training": {"label_smoothing_factor": 0.1}},
             "label-smoothing-factor: .*not for --task t",
         ),
+        ({"over_long": "Drop"}, "over-long: expected error or truncate or drop, got 'Drop'"),
+        ({"task": "sequences"}, "task: expected generation or sequence or token, got 'sequences'"),
+        ({"quantization": "nf8"}, "quantization: expected nf4 or int8 or fp8, got 'nf8'"),
+        ({"max_length": "10"}, "max-length: expected int or auto, got '10'"),
         ({"resume": True, "sweep": "r=1,2"}, "resume: goes on with one run"),
         ({"resume": True, "training": {"resume_from_checkpoint": "x"}}, "resume: takes the newest checkpoint"),
         ({"resume": True}, r"resume: found no complete checkpoint in .*a\.checkpoints"),
@@ -98,6 +104,20 @@ def test_training_arguments_that_cannot_be_meant(training: dict[str, Any], messa
 )
 def test_options_and_places_that_cannot_be_meant(options: dict[str, Any], message: str, rows: Path, tmp_path: Path):
     assert re.match(message, refusal(rows, tmp_path, options))
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "message"),
+    [
+        ("prompt", "prompt_init", "labelz", "expected data or text or vocabulary or labels or random, got 'labelz'"),
+        ("bitfit", "bias_terms", "query", "expected all or query_intermediate, got 'query'"),
+        ("shira", "mask", ["random"], r"expected random or magnitude, got \['random'\]"),
+        ("vora", "image_std", [math.nan, 1.0, 1.0], r"expected a finite number, got \[nan, 1.0, 1.0\]"),
+    ],
+)
+def test_values_that_no_flag_would_take(method: str, name: str, value: Any, message: str):
+    with pytest.raises(OptionError, match=f"^{name.replace('_', '-')}: {message}"):
+        build_config(METHODS[method].config_class, {name: value})
 
 
 def test_a_run_that_makes_no_step_writes_nothing(qwen2: Path, rows: Path, tmp_path: Path):

@@ -89,12 +89,13 @@ def _asked(row: Row, completion: object) -> Row:
 
 def _others(rows: Sequence[Row]) -> list[Row]:
     """Each prompt with the completion of the next row, in a circle, that has another prompt (or of any other row)."""
-    found = []
-    for i, row in enumerate(rows):
-        after = [*range(i + 1, len(rows)), *range(i)]
-        other = next((j for j in after if rows[j].fields["prompt"] != row.fields["prompt"]), after[0])
-        found.append(_asked(row, rows[other].fields["completion"]))
-    return found
+    prompts, n = [row.fields["prompt"] for row in rows], len(rows)
+    others: list[int | None] = [None] * n
+    for i in reversed(range(2 * n)):  # twice around: the last rows' next ones are the first
+        here, after = i % n, (i + 1) % n
+        others[here] = after if prompts[after] != prompts[here] else others[after]
+    found = [(i + 1) % n if other is None else other for i, other in enumerate(others)]
+    return [_asked(row, rows[other].fields["completion"]) for row, other in zip(rows, found, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

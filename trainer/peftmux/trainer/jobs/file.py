@@ -120,10 +120,11 @@ def _job_lines(tree: yaml.Node | None) -> list[int]:
 def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
     if not isinstance(entry, dict):
         raise OptionError("jobs", f"{where}: expected options by name, found {type(entry).__name__}")
-    given = {str(k).replace("-", "_"): v for options in (defaults, entry) for k, v in options.items()}
+    common, own = ({str(k).replace("-", "_"): v for k, v in options.items()} for options in (defaults, entry))
+    given = {**common, **own}
     name, method = given.pop("name", None), given.pop("method", None)
-    if isinstance(name, str) and "output_dir" in defaults.keys() - entry.keys():
-        given["output_dir"] = str(Path(str(given["output_dir"])) / name)
+    if isinstance(name, str) and "output_dir" not in own and common.get("output_dir") is not None:
+        given["output_dir"] = str(Path(str(common["output_dir"])) / name)
     if not isinstance(name, str) or not name or not isinstance(method, str):
         raise OptionError("jobs", f"{where}: expected a name and a method, got {name!r} and {method!r}")
     try:

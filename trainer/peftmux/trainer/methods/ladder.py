@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class LadderConfig:
     )
     hidden_act: str = field(default="silu", metadata={"help": f"one of {', '.join(ACTIVATIONS)}"})
     temperature: float = field(default=0.1, metadata={"help": "of the gates: sigmoid(p / temperature)"})
-    merge: str = field(
+    merge: Literal["replace", "add", "gate"] = field(
         default="replace",
         metadata={"help": "what the head reads: the ladder (replace), base + ladder (add), a gated mean (gate)"},
     )
@@ -55,8 +55,6 @@ class LadderConfig:
             raise OptionError("hidden-act", f"expected one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}")
         if not 1e-4 <= self.temperature < 1e30:
             raise OptionError("temperature", f"expected a number from 0.0001 on, got {self.temperature}")
-        if self.merge not in ("replace", "add", "gate"):
-            raise OptionError("merge", f"expected replace, add or gate, got {self.merge!r}")
 
 
 class SideNetwork(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ class ShiraConfig:
     """SHiRA's options, in PEFT's names."""
 
     r: int = field(default=8, metadata={"help": "r * (in + out) entries of each weight: as many as a LoRA of rank r"})
-    mask: str = field(default="random", metadata={"help": "which entries: random, or magnitude (the largest)"})
+    mask: Literal["random", "magnitude"] = field(
+        default="random", metadata={"help": "which entries: random, or magnitude (the largest)"}
+    )
     target_modules: str | list[str] = field(
         default=ALL_LINEAR, metadata={"help": "names of linear layers, or one regular expression for whole paths"}
     )
@@ -31,8 +33,6 @@ class ShiraConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise OptionError("r", f"expected 1 or more, got {self.r}")
-        if self.mask not in ("random", "magnitude"):
-            raise OptionError("mask", f"expected random or magnitude, got {self.mask!r}")
 
 
 class SparseLinear(Change):

@@ -34,14 +34,13 @@ def add_fields(group: argparse._ArgumentGroup, config_class: type[Any]) -> None:
 
 def _argument(hint: Any) -> dict[str, Any]:
     """argparse's way to read one value of this type."""
-    options = [t for t in get_args(hint) if t is not type(None)] if _is_union(hint) else [hint]
+    options = [t for t in kinds(hint) if t is not type(None)]
     lists = [t for t in options if get_origin(t) is list]
     if lists:
         convert = get_args(lists[0])[0]
         return {"nargs": "+", "type": convert, "action": _ListOrPattern if str in options else "store"}
     kind = options[0]
-    words = [word for t in options if get_origin(t) is Literal for word in get_args(t)]
-    if words and len(options) > 1:
+    if len(options) > 1 and (words := literals(hint)):
         return {"type": _or_word(kind, words)}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -63,8 +62,14 @@ def _or_word(kind: type, words: Sequence[str]) -> Callable[[str], Any]:
     return parse
 
 
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of anything else itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def literals(hint: Any) -> list[Any]:
+    """The words that are values of this type."""
+    return [word for kind in kinds(hint) if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 class _ListOrPattern(argparse.Action):

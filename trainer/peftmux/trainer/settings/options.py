@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.settings.flags import kinds, literals
 
 Config = TypeVar("Config")
 NEXT_TOKEN = "next-token"
-LOSSES = (NEXT_TOKEN, "dpo", "kto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,6 @@ class RunOptions:
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(name.replace("_", "-"), f"expected more than 0, got {getattr(self, name)}")
-        if self.loss not in LOSSES:
-            raise OptionError("loss", f"expected {' or '.join(LOSSES)}, got {self.loss!r}")
         if self.loss != NEXT_TOKEN and self.packing:
             raise OptionError("packing", f"{self.loss} scores whole rows: train without packing")
         if self.ensemble is not None and (self.sweep is not None or self.dry_run):
@@ -124,12 +122,19 @@ class RunOptions:
 
 
 def build_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """A dataclass from named values; raises OptionError for a name it does not have."""
+    """A dataclass from named values. Raises OptionError for a name it does not have, and for what no flag would take: a
+    word that is not among the type's, a number that is not finite."""
+    hints = get_type_hints(config_class)
     known = [f.name for f in dataclasses.fields(config_class) if f.init]  # type: ignore[arg-type]
-    for name in values:
+    for name, value in values.items():
         if name not in known:
             raise OptionError(name.replace("_", "-"), f"no such option; expected one of {', '.join(known)}")
-        numbers = values[name].values() if isinstance(values[name], dict) else [values[name]]
+        words = literals(hints[name])
+        others = tuple(kind for kind in kinds(hints[name]) if isinstance(kind, type))
+        if words and value not in words and not isinstance(value, others):
+            wanted = " or ".join([*(kind.__name__ for kind in others if kind is not type(None)), *words])
+            raise OptionError(name.replace("_", "-"), f"expected {wanted}, got {value!r}")
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise OptionError(name.replace("_", "-"), f"expected a finite number, got {values[name]}")
+            raise OptionError(name.replace("_", "-"), f"expected a finite number, got {value}")
     return config_class(**values)
