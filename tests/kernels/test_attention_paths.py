@@ -249,6 +249,34 @@ def test_blocks_are_read_before_any_is_written() -> None:
     assert v_cache[:, 1, 0, 1].tolist() == [10, 10, 11, 13]
 
 
+@pytest.mark.parametrize("tables", [((7,), (3, 1, 4), (1, 5, 9, 2, 6)), ((2,), (0, 8), (4, 4))], ids=["grown", "even"])
+def test_the_table_holds_every_row_padded(tables: tuple[tuple[int, ...], ...]) -> None:
+    rows = AttentionRows.build((1, 1, 3), (4, 6, 8), tables)
+    width = max(map(len, tables))
+    padded = [[*table, *[0] * (width - len(table))] for table in tables]
+    starts, contexts = (0, 1, 2, 5), (4, 6, 8, 0)
+    expected = [[*head, *row] for *head, row in zip(starts, contexts, [*padded, [0] * width], strict=True)]
+    assert rows.table.dtype is torch.int32
+    assert rows.table.tolist() == expected
+    assert rows.table.is_contiguous()
+    assert AttentionRows.build((), (), ()).table.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_masks_are_made_once_for_all_layers(window: int) -> None:
+    rows = AttentionRows.build((1, 1, 3), (5, 2, 7), ((1, 2), (3,), (4, 5)))
+    decode, prefill = rows.seen(0, 2, window, 4), rows.seen(2, 3, window, 4)
+    assert rows.seen(0, 2, window, 4) is decode
+    assert rows.seen(2, 3, window, 4) is prefill
+    for first, seen in ((0, decode), (2, prefill)):
+        _, positions = rows.gather(first, first + len(seen), window, 4)
+        for r, row in enumerate(seen.tolist()):
+            for i, query in enumerate(row):
+                at = rows.context_lens[first + r] - len(row) + i
+                keys = [p for p, sees in zip(positions[r].tolist(), query, strict=True) if sees]
+                assert keys == list(range(max(0, at - window + 1) if window else 0, at + 1))
+
+
 def test_building_rows_says_what_is_wrong() -> None:
     rows = AttentionRows.build([1, 1, 3, 1], [4, 1, 3, 9], [[1], [2, 0], [3], [4]])
     assert (rows.num_decode, rows.num_tokens, rows.query_starts) == (2, 6, (0, 1, 2, 5, 6))

@@ -58,7 +58,7 @@ class TestWhichStepsAreTaken:
             {},
             {"slot": 3},
             {"start": 40, "active_from": 3, "slot": 3},
-            {"history": History((1, 2))},
+            pytest.param({"history": History((1, 2))}, id="history"),
             {"suppressed": (2,)},
         ],
         ids=str,

@@ -11,10 +11,13 @@ Source: scaled dot-product attention (Vaswani et al., 2017, arXiv 1706.03762); t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from peftmux.kernels.attention.rows import AttentionRows
+if TYPE_CHECKING:
+    from peftmux.kernels.attention.rows import AttentionRows
 
 
 def paged_attention(

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from peftmux.kernels.attention.tiles import Tiles
+from peftmux.kernels.attention.reference import visible
+from peftmux.kernels.attention.tiles import Tiles, blocks_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,7 @@ class AttentionRows:
     threads: int
     """How many threads torch gives the thread that built this."""
     _gathers: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _seen: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict, repr=False)
     _tiles: dict[tuple[int, int, tuple[int, int]], Tiles] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -106,6 +109,16 @@ class AttentionRows:
             self._gathers[key] = self._gather(*key)
         return self._gathers[key]
 
+    def seen(self, first: int, last: int, window: int, block_size: int) -> Tensor:
+        """[rows, Q, S] bool: which of the keys that `gather` finds each query sees; the rows have equally many."""
+        key = (first, last, window, block_size)
+        if key not in self._seen:
+            _, positions = self.gather(*key)
+            queries = self.query_lens[first]
+            index = self.table[first:last, 1:2].long() - queries + torch.arange(queries, device=positions.device)
+            self._seen[key] = visible(index, positions, window)
+        return self._seen[key]
+
     def _gather(self, first: int, last: int, window: int, block_size: int) -> tuple[Tensor, Tensor]:
         contexts, queries = self.context_lens[first:last], self.query_lens[first:last]
         lows = [max(0, n - q + 1 - window) if window else 0 for n, q in zip(contexts, queries, strict=True)]
@@ -120,10 +133,9 @@ class AttentionRows:
 
 
 def _pack(starts: Sequence[int], contexts: Sequence[int], tables: Sequence[Sequence[int]]) -> Tensor:
-    width = max(map(len, tables), default=0)
-    rows = [
-        (start, n, *table, *(0,) * (width - len(table)))
-        for start, n, table in zip(starts, contexts, tables, strict=False)
-    ]
-    rows.append((starts[-1], 0) + (0,) * width)
-    return torch.tensor(rows, dtype=torch.int32)
+    packed = np.zeros((len(starts), 2 + max(map(len, tables), default=0)), dtype=np.int32)
+    packed[:, 0] = starts
+    packed[:-1, 1] = contexts
+    for row, table in zip(packed, tables, strict=False):
+        row[2 : 2 + len(table)] = blocks_array(tuple(table))
+    return torch.from_numpy(packed)

@@ -126,7 +126,7 @@ def _blocks(rows: AttentionRows, first: Ints, context: Ints, block_size: int) ->
     """-> (the blocks that hold the rows' contexts, one row after the other; where each row's begin)."""
     needed = -(-context // block_size)
     own = [
-        _array(tuple(rows.block_tables[row]))[:count]
+        blocks_array(tuple(rows.block_tables[row]))[:count]
         for row, count in zip(first.tolist(), needed.tolist(), strict=True)
     ]
     flat = np.concatenate(own) if own else np.zeros(0, dtype=np.int32)
@@ -134,8 +134,8 @@ def _blocks(rows: AttentionRows, first: Ints, context: Ints, block_size: int) ->
 
 
 @lru_cache(maxsize=512)
-def _array(blocks: tuple[int, ...]) -> Ints:
-    """A row's table changes once in block_size steps."""
+def blocks_array(blocks: tuple[int, ...]) -> Ints:
+    """Of a row's table, which changes once in block_size steps. To be read only."""
     return np.array(blocks, dtype=np.int32)
 
 

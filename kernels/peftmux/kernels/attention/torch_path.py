@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftmux.kernels.attention.reference import attend, read_cache, visible
+from peftmux.kernels.attention.reference import attend, read_cache
 from peftmux.kernels.attention.rows import AttentionRows
 
 _SCORES_AT_ONCE = 1 << 24
@@ -47,27 +47,19 @@ def attend_rows(
     sinks: Tensor | None = None,
 ) -> None:
     """Rows first .. last, which have equally many queries, into their tokens of `out`."""
-    slots, positions = rows.gather(first, last, window or 0, k_cache.shape[1])
+    keys = (first, last, window or 0, k_cache.shape[1])
+    slots, _ = rows.gather(*keys)
     k, v = read_cache(k_cache, slots), read_cache(v_cache, slots)  # [rows, S, Hkv, D]
     start, end = rows.query_starts[first], rows.query_starts[last]
     queries = q[start:end].reshape(last - first, -1, *q.shape[1:])  # [rows, Q, H, Dk]
-    index = _query_index(rows, first, last)
     if softcap is not None or sinks is not None:
-        found = _attend_in_pieces(queries, k, v, index, positions, scale, window, softcap, sinks)
+        found = _attend_in_pieces(queries, k, v, rows.seen(*keys), scale, softcap, sinks)
     elif queries.shape[1] == 1:
-        found = _decode(queries, k, v, visible(index, positions, window), scale)
+        found = _decode(queries, k, v, rows.seen(*keys), scale)
     else:
         causal = rows.query_lens[first] == rows.context_lens[first] and not window
-        mask = None if causal else visible(index, positions, window)
-        found = _prefill(queries, k, v, mask, scale)
+        found = _prefill(queries, k, v, None if causal else rows.seen(*keys), scale)
     out[start:end] = found.flatten(0, 1)
-
-
-def _query_index(rows: AttentionRows, first: int, last: int) -> Tensor:
-    """The cache index of each query of equally long rows, [rows, Q]."""
-    queries = rows.query_lens[first]
-    end = rows.table[first:last, 1:2].long()
-    return end - queries + torch.arange(queries, device=end.device)
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
@@ -97,10 +89,8 @@ def _attend_in_pieces(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: Tensor,
-    positions: Tensor,
+    seen: Tensor,
     scale: float,
-    window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -111,7 +101,7 @@ def _attend_in_pieces(
             q[:, i : i + step],
             k,
             v,
-            visible(index[:, i : i + step], positions, window),
+            seen[:, i : i + step],
             scale=scale,
             softcap=softcap,
             sinks=sinks,
