@@ -69,9 +69,10 @@ class RoutedSite:
                     self._apply_run(y[start:end, slice(*self._columns[index])], x[start:end], own, held)
 
     def _apply_run(self, y: Tensor, x: Tensor, shares: Tensor, held: PreparedRouted) -> None:
-        weights = shares[:, held.part.layer].repeat_interleave(held.counts, 1)
-        t = (x @ held.part.a.t()).float() * weights
-        y.addmm_(t.to(y.dtype), held.part.b.t())
+        part = held.part
+        weights = shares[:, part.layer].repeat_interleave(held.counts, 1, output_size=len(part.a))
+        t = (x @ part.a.t()).float() * weights
+        y.addmm_(t.to(y.dtype), part.b.t())
 
 
 class RoutedSlice:
