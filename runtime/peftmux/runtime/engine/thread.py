@@ -54,10 +54,12 @@ class EngineThread:
             self._calls.put(call)
 
     def ask(self, call: Callable[[], T]) -> Future[T]:
-        """As `post`, with the answer."""
+        """As `post`, with the answer. Cancelled before its turn the call is not made, and from then on it is."""
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(call())
             except Exception as error:
@@ -86,7 +88,7 @@ class EngineThread:
         finally:
             with self._posting:
                 self._dead = True
-            self._answer_calls()
+            self._answer_last_calls()
             self._core.abort_all(EngineDead("the engine has stopped"))
             self._publish()
 
@@ -104,6 +106,14 @@ class EngineThread:
         """Those that wait now: who posts the next call when one is answered does not hold up the next step."""
         for _ in range(self._calls.qsize()):
             self._calls.get_nowait()()
+
+    def _answer_last_calls(self) -> None:
+        """None is put any more. One that fails leaves nobody else without an answer."""
+        while not self._calls.empty():
+            try:
+                self._calls.get_nowait()()
+            except Exception:
+                logger.exception("a call to the engine has failed while it ended")
 
     def _publish(self) -> None:
         deliveries = self._core.deliveries()
