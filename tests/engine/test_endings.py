@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from peftmux.runtime.engine.local import LocalEngine
+from peftmux.runtime.engine.request import NoText, TextStream
 from peftmux.runtime.errors import DeadlineExceeded, Draining, EngineDead, QueueFull, StepFailed
 from peftmux.runtime.params import FinishReason
 from tests.engine.harness import (
+    Answer,
     StepGate,
     ask,
     ask_all,
@@ -229,3 +231,63 @@ async def test_drain_without_streams_is_over_at_once() -> None:
         started = time.monotonic()
         await leaving.drain(30.0)
         assert time.monotonic() - started < 2.0
+
+
+class _Broken(NoText):
+    """A tokenizer's library that fails, at a token or at the end."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self._left = at
+
+    def push(self, token_ids: tuple[int, ...]) -> tuple[str, bool]:
+        if self._left is not None:
+            self._left -= 1
+            if not self._left:
+                raise UnicodeError("no such piece")
+        return "", False
+
+    def finish(self) -> str:
+        raise UnicodeError("no such piece")
+
+
+@pytest.mark.parametrize("at", [1, 3, None], ids=["first", "third", "end"])
+async def test_a_request_whose_text_fails_ends_alone(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch, at: int | None
+) -> None:
+    expected = await ask(engine, request(PROMPT, "lora", 12))
+    usage = engine.stats().kv_cache_usage
+    streams: list[TextStream] = [_Broken(at), NoText()]
+    monkeypatch.setattr(engine._text, "stream", lambda *_: streams.pop(0))
+    wanted = [request(PROMPT, "prefix", 6), request(PROMPT, "lora", 12)]
+    failed, other = await asyncio.gather(*(ask(engine, one) for one in wanted), return_exceptions=True)
+    assert isinstance(failed, StepFailed)
+    assert "piece" not in str(failed), "what failed inside is for the log"
+    assert isinstance(other, Answer)
+    assert other.ids == expected.ids
+    assert engine.stats().healthy
+    await check_quiet(engine, usage)
+
+
+async def test_a_cancelled_request_whose_text_fails_ends_alone(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = engine.stats().kv_cache_usage
+    monkeypatch.setattr(engine._text, "stream", lambda *_: _Broken())
+    async with opened(engine, request(PROMPT, "prefix", 100)) as stream:
+        await anext(stream)
+    await check_quiet(engine, usage)
+    assert engine.stats().healthy
+
+
+async def test_a_request_that_cannot_be_queued_ends_alone(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = engine.stats().kv_cache_usage
+
+    def fails(*_: Any) -> None:
+        raise ValueError("a bug in the scheduler")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._core.scheduler, "add", fails)
+        with pytest.raises(StepFailed):
+            await ask(engine, request(PROMPT, "lora"))
+    assert len((await ask(engine, request(PROMPT, "lora"))).ids) == 6
+    await check_quiet(engine, usage)

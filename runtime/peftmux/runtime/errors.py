@@ -12,7 +12,7 @@
     |-- DeadlineExceeded        the deadline has passed or cannot be met
     |-- UnsupportedModel        the base model cannot be served exactly (at start only)
     |-- NotFinite               the model's logits for this row were NaN or infinite
-    |-- StepFailed              the step that this row was in failed
+    |-- StepFailed              the step that this row was in failed, or the server at this row alone
     `-- EngineDead              the engine's thread failed; the process should be replaced
 and `peftmux.adapters.errors.AdapterError` for what is wrong with an adapter itself.
 """

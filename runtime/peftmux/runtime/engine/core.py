@@ -75,6 +75,9 @@ class EngineCore:
         except RuntimeFailure as error:
             self._end(active, error)
             return
+        except Exception as error:
+            self.abort(active.id, _broken(active, error))
+            return
         if active.request.deadline is not None:
             self._timed.add(active.id)
 
@@ -83,7 +86,11 @@ class EngineCore:
         active = self._requests.get(request_id)
         if active is not None:
             self.scheduler.abort(request_id)
-            self._end(active, outcome or active.take(FinishReason.CANCELLED))
+            try:
+                outcome = outcome or active.take(FinishReason.CANCELLED)
+            except Exception as error:
+                outcome = _broken(active, error)
+            self._end(active, outcome)
 
     def abort_all(self, error: RuntimeFailure) -> None:
         for request_id in list(self._requests):
@@ -222,16 +229,19 @@ class EngineCore:
                 self.abort(planned.row, error)
         for row in self.scheduler.update(result):
             active = self._requests[row.row]
-            finish = active.accept(row)
-            if active.readout is not None and self.scheduler.is_read_out(row.row):
-                finish = FinishReason.STOP
-            if row.token is not None:
-                self._note_token(active, now)
-            if finish is not None:
-                self.scheduler.finish(row.row)
-                self._end(active, active.take(finish))
-            elif active.request.stream and active.has_news:
-                self._outbox.append((active, active.take()))
+            try:
+                finish = active.accept(row)
+                if active.readout is not None and self.scheduler.is_read_out(row.row):
+                    finish = FinishReason.STOP
+                if row.token is not None:
+                    self._note_token(active, now)
+                if finish is not None:
+                    self.scheduler.finish(row.row)
+                    self._end(active, active.take(finish))
+                elif active.request.stream and active.has_news:
+                    self._outbox.append((active, active.take()))
+            except Exception as error:  # the tokenizer's library, for one; the other rows go on
+                self.abort(row.row, _broken(active, error))
 
     def _note_token(self, active: ActiveRequest, now: float) -> None:
         if active.last_token is None:
@@ -259,6 +269,12 @@ class EngineCore:
             reason = outcome.finish_reason.value
         seconds = time.monotonic() - active.submitted
         self._observer.finished(reason, seconds, active.adapter, len(active.request.prompt), active.generated)
+
+
+def _broken(active: ActiveRequest, error: Exception) -> StepFailed:
+    """What one request's own work has raised is for the log."""
+    logger.error("request %d of adapter %r failed", active.id, active.adapter, exc_info=error)
+    return StepFailed("the server failed at this request's own work beside the step")
 
 
 def invocation_start(prompt: tuple[int, ...], invocation: tuple[int, ...]) -> int | None:
