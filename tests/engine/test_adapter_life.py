@@ -25,6 +25,7 @@ from peftmux.runtime.errors import (
     Draining,
     InvalidRequest,
 )
+from peftmux.runtime.model import cache
 from tests.engine.harness import (
     StepGate,
     adapters,
@@ -412,3 +413,31 @@ async def test_a_storm_on_the_same_names(world: World) -> None:
         await asyncio.gather(*(client(seed) for seed in range(16)))
     assert served > 20
     await until(lambda: all(info.state is not AdapterState.LOADING for info in engine.list_adapters()))
+
+
+@pytest.mark.parametrize("source", ["v1", "prefix"])
+@pytest.mark.parametrize("call", [1, 2, 5])
+async def test_a_placement_that_fails_leaves_nothing_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch, source: str, call: int
+) -> None:
+    """As an allocation on the device would, at some site or at some layer of a prefix."""
+    engine = world.engine
+    lowrank = {ref.group.lowrank for ref in engine._core._runner.model.sites.values()}
+    owner, name = (type(next(iter(lowrank))._path), "put") if source == "v1" else (cache, "_like")
+    inner: Any = getattr(owner, name)
+    calls: list[int] = []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise RuntimeError("out of memory")
+        return inner(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await load(engine, source)
+    await check_gone(engine)
+    assert all(site.empty for site in lowrank)
+    await load(engine, source)
+    assert (await ask(engine, request(PROMPT, source, 24))).ids == world.answers[source]

@@ -95,8 +95,8 @@ class LowRankSite:
         """Place an adapter; slot 0 is the base model's and a taken slot must be dropped first."""
         if slot < 1 or slot in self._held:
             raise ValueError(f"expected a free slot of at least 1, got {slot}")
-        self._held[slot] = prepared
         self._path.put(slot, prepared)
+        self._held[slot] = prepared
 
     def drop(self, slot: int) -> None:
         """Forget the adapter in this slot, if one is here."""

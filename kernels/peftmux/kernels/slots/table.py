@@ -47,8 +47,8 @@ class SlotTable:
         assert len(values) == self._width, f"expected {self._width} values, got {len(values)}"
         placed = tuple(_placed(value) for value in values)
         self._reserve(slot)
-        self._held[slot] = placed
         self._write(slot, [v if isinstance(v, int) else v.data_ptr() for v in placed])
+        self._held[slot] = placed
 
     @torch.inference_mode()
     def drop(self, slot: int) -> None:

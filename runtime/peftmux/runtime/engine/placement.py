@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,19 +216,18 @@ class DevicePlacement:
             )
         adapter.upload.wait(adapter.tensors())
         parts = adapter.lowered.parts
-        first_position, prefixes = 0, self._place_prefixes(name, adapter)
+        with ExitStack() as undo:
+            prefixes = self._place_prefixes(name, adapter, undo)
+            slot = self._fill_sites(adapter, undo)
+            undo.pop_all()
+        self.bytes += needed
+        self._caches.update(adapter.caches)
+        first_position = 0
         if parts.prefix is not None:
             first_position = parts.prefix.first_position
         elif parts.virtual is not None:
             first_position = parts.virtual.length
         head = parts.head
-        slot = self._free.pop() if self._free else self._next
-        self._next = max(self._next, slot + 1)
-        for site, prepared in adapter.sites:
-            site.put(slot, prepared)
-        self._runner.placed(slot, [site for site, _ in adapter.sites])
-        self.bytes += needed
-        self._caches.update(adapter.caches)
         return Placed(
             slot=slot,
             prefixes=prefixes,
@@ -246,21 +246,29 @@ class DevicePlacement:
             obstacle=obstacle(adapter.lowered),
         )
 
-    def _place_prefixes(self, name: str, adapter: PreparedAdapter) -> tuple[PrefixBlocks, ...]:
+    def _fill_sites(self, adapter: PreparedAdapter, undo: ExitStack) -> int:
+        """Every site has the adapter in the slot that is returned."""
+        slot = self._free.pop() if self._free else self._next
+        self._next = max(self._next, slot + 1)
+        undo.callback(self._free.append, slot)
+        for site, prepared in adapter.sites:
+            undo.callback(site.drop, slot)
+            site.put(slot, prepared)
+        self._runner.placed(slot, [site for site, _ in adapter.sites])
+        return slot
+
+    def _place_prefixes(self, name: str, adapter: PreparedAdapter, undo: ExitStack) -> tuple[PrefixBlocks, ...]:
         """Blocks for all that stands before rows. Stored keys and values are written, virtual tokens are not yet."""
         stored, virtual = adapter.stored, adapter.virtual
+        lengths = [] if virtual is None else [len(prompt) for prompt in virtual]
         if stored is not None:
-            blocks = self._scheduler.allocate_prefix(stored.length, name)
-            self._runner.cache.write_prefix(blocks.blocks, stored)
-            return (blocks,)
+            lengths = [stored.length]
         placed: list[PrefixBlocks] = []
-        try:
-            for prompt in () if virtual is None else virtual:
-                placed.append(self._scheduler.allocate_prefix(len(prompt), name))
-        except AdapterMemoryExhausted:
-            for prefix in placed:
-                self._scheduler.free_prefix(prefix)
-            raise
+        for length in lengths:
+            placed.append(self._scheduler.allocate_prefix(length, name))
+            undo.callback(self._scheduler.free_prefix, placed[-1])
+        if stored is not None:
+            self._runner.cache.write_prefix(placed[0].blocks, stored)
         return tuple(placed)
 
     def chunks(self, placed: Placed, adapter: PreparedAdapter) -> Iterator[Chunk]:
