@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ async def test_a_call_that_is_cancelled_before_its_turn_is_not_made() -> None:
     async with running() as engine:
         release = threading.Event()
         engine._thread.post(lambda: release.wait(20))
-        calls = [asyncio.wrap_future(engine._thread.ask(lambda i=i: made.append(i))) for i in range(3)]
+        calls = [asyncio.wrap_future(engine._thread.ask(partial(made.append, i))) for i in range(3)]
         for call in calls[:2]:
             call.cancel()
         await asyncio.sleep(0)
