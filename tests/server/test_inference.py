@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from dataclasses import replace
 from random import Random
@@ -15,6 +16,7 @@ import pytest
 from peftmux.adapters import errors as adapters
 from peftmux.runtime import errors as runtime
 from peftmux.runtime.engine.api import EmbeddingRequest, Pooling
+from peftmux.runtime.server.pace import Pace
 from peftmux.v1 import inference_pb2 as pb
 from tests.server.conftest import CONTEXT, VOCABULARY, Served, adapter_info, answer_of
 
@@ -95,6 +97,54 @@ async def test_long_text_is_encoded_off_the_loop_and_refused_by_length(served: S
     assert failure.code is CODE.INVALID_ARGUMENT
     assert "fewer tokens than the context of 128" in failure.fields["text"]
     assert "10000 tokens" in failure.fields["text"]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_short_text_behind_a_long_one_does_not_stop_the_streams(served: Served, monkeypatch, leaves):
+    """One lock guards the tokenizer, and a long text holds it: also when its caller has gone."""
+    lock, begun, done = threading.Lock(), threading.Event(), threading.Event()
+    encode = served.engine.encode
+
+    def locked(text: str) -> tuple[int, ...]:
+        with lock:
+            if len(text) > 1000:
+                begun.set()
+                done.wait(3.0)
+            return encode(text)
+
+    monkeypatch.setattr(served.engine, "encode", locked)
+    long = served.inference.Tokenize(pb.TokenizeRequest(text="x" * 10_000))
+    await until(begun.is_set)
+    if leaves:
+        long.cancel()
+        await asyncio.sleep(0.05)
+    started = time.monotonic()
+    short = asyncio.ensure_future(served.inference.Tokenize(pb.TokenizeRequest(text="hi")))
+    await asyncio.sleep(0.05)
+    messages = [m async for m in served.inference.GenerateStream(stream_ids())]
+    assert len(messages) == 3
+    assert time.monotonic() - started < 2.0
+    done.set()
+    assert list((await short).token_ids) == [ord("h"), ord("i")]
+    if not leaves:
+        assert len((await long).token_ids) == 10_000
+
+
+async def test_calls_that_send_one_message_slow_no_stream(served: Served, monkeypatch):
+    active: list[int] = []
+
+    async def wait(pace: Pace) -> None:
+        active.append(pace.active)
+
+    monkeypatch.setattr(Pace, "wait", wait)
+    served.engine.seconds_per_token = 0.05
+    stopping = pb.StoppingParams(max_tokens=100)
+    unary = [asyncio.ensure_future(served.inference.Generate(ids(stopping=stopping))) for _ in range(8)]
+    await until(lambda: served.engine.created == 8)
+    assert len([m async for m in served.inference.GenerateStream(stream_ids())]) == 3
+    assert active == [1, 1]
+    for call in unary:
+        call.cancel()
 
 
 async def test_chat_is_rendered_by_the_engine(served: Served):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from peftmux.adapters.images import MARKER
 from peftmux.runtime.engine.api import AsyncEngine, ClassificationRequest, Delta, EmbeddingRequest, GenerationRequest
@@ -16,6 +17,7 @@ from peftmux.runtime.server.guard import Write
 from peftmux.runtime.server.pace import Pace
 from peftmux.v1 import inference_pb2 as pb
 
+T = TypeVar("T")
 _LONG_TEXT = 8192
 """Characters from which a text is encoded in a thread, so that other streams do not wait for it."""
 
@@ -26,6 +28,8 @@ class InferenceService:
     def __init__(self, engine: AsyncEngine, pace: Pace) -> None:
         self._engine = engine
         self._pace = pace
+        self._encoding = 0
+        """Long texts in threads now. The tokenizer is theirs, so whoever needs it waits in a thread too."""
 
     def methods(self) -> Mapping[str, Any]:
         return {
@@ -44,15 +48,20 @@ class InferenceService:
 
     async def generate_stream(self, message: pb.GenerateStreamRequest, deadline: float | None, write: Write) -> None:
         request = await self._request(message, deadline, stream=True)
-        async with self._deltas(request, message) as stream:
-            async for delta in stream:
-                await write(responses.stream_message(delta))
-                if delta.finish_reason is None:
-                    await self._pace.wait()
+        self._pace.active += 1
+        try:
+            async with self._deltas(request, message) as stream:
+                async for delta in stream:
+                    await write(responses.stream_message(delta))
+                    if delta.finish_reason is None:
+                        await self._pace.wait()
+        finally:
+            self._pace.active -= 1
 
     async def tokenize(self, message: pb.TokenizeRequest, deadline: float | None) -> pb.TokenizeResponse:
         ids = await self._encode(message.text)
-        return pb.TokenizeResponse(token_ids=ids, pieces=self._engine.pieces(ids))
+        pieces = await self._with_tokenizer(len(message.text), partial(self._engine.pieces, ids))
+        return pb.TokenizeResponse(token_ids=ids, pieces=pieces)
 
     async def get_model(self, message: pb.GetModelRequest, deadline: float | None) -> pb.GetModelResponse:
         return responses.model(self._engine.info)
@@ -79,15 +88,11 @@ class InferenceService:
     async def _deltas(
         self, request: GenerationRequest, message: requests.GenerationMessage
     ) -> AsyncIterator[AsyncIterator[Delta]]:
-        """The engine's iterator, counted while it runs and closed however the call ends: closing frees the row."""
+        """The engine's iterator, closed however the call ends: closing frees the row."""
         deltas = cast("AsyncGenerator[Delta]", self._engine.generate(request))
-        self._pace.active += 1
-        try:
-            with _named_input(message):
-                async with aclosing(deltas):
-                    yield deltas
-        finally:
-            self._pace.active -= 1
+        with _named_input(message):
+            async with aclosing(deltas):
+                yield deltas
 
     async def _request(
         self, message: requests.GenerationMessage, deadline: float | None, *, stream: bool
@@ -116,10 +121,10 @@ class InferenceService:
             return await self._prompt(message), images.images_at(message, [i.position for i in message.images])
         pieces: Sequence[Sequence[int]] = [tuple(message.token_ids.ids)]
         if message.WhichOneof("input") == "text":
-            pieces = await asyncio.to_thread(self._engine.encode_around, message.text, MARKER)
+            pieces = await self._in_thread(partial(self._engine.encode_around, message.text, MARKER))
         elif message.WhichOneof("input") == "chat":
             turns = [(turn.role, turn.content) for turn in message.chat.messages]
-            pieces = await asyncio.to_thread(self._engine.encode_around, turns, MARKER)
+            pieces = await self._in_thread(partial(self._engine.encode_around, turns, MARKER))
         prompt, positions = images.marked_positions(pieces, len(message.images))
         return prompt, images.images_at(message, positions)
 
@@ -129,14 +134,29 @@ class InferenceService:
         if not isinstance(message, requests.GenerationMessage) or message.WhichOneof("input") == "text":
             return await self._encode(message.text)
         turns = [(turn.role, turn.content) for turn in message.chat.messages]
-        if sum(len(content) for _, content in turns) < _LONG_TEXT:
-            return self._engine.encode_chat(turns)
-        return await asyncio.to_thread(self._engine.encode_chat, turns)
+        size = sum(len(content) for _, content in turns)
+        return await self._with_tokenizer(size, partial(self._engine.encode_chat, turns))
 
     async def _encode(self, text: str) -> tuple[int, ...]:
-        if len(text) < _LONG_TEXT:
-            return self._engine.encode(text)
-        return await asyncio.to_thread(self._engine.encode, text)
+        return await self._with_tokenizer(len(text), partial(self._engine.encode, text))
+
+    async def _with_tokenizer(self, characters: int, call: Callable[[], T]) -> T:
+        """Where it is over at once it is done here: a thread would cost more."""
+        if characters >= _LONG_TEXT:
+            return await self._in_thread(call)
+        return await asyncio.to_thread(call) if self._encoding else call()
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        """Counted until it is over, also where its caller has gone."""
+        task = asyncio.create_task(asyncio.to_thread(call))
+        self._encoding += 1
+        task.add_done_callback(self._encoded)
+        return await asyncio.shield(task)
+
+    def _encoded(self, task: asyncio.Task[Any]) -> None:
+        self._encoding -= 1
+        if not task.cancelled():
+            task.exception()  # raised to the caller; read here so that asyncio does not complain where it has gone
 
 
 @contextmanager
