@@ -122,6 +122,16 @@ def test_the_servers_adapter_folder_is_no_weighted_sum(monkeypatch):
     assert "adapters" not in generate._options(settings.resolve(parser.parse_args(["x"]), os.environ))
 
 
+@pytest.mark.parametrize("command", [generate, classify, embed])
+def test_what_the_server_loads_at_start_is_no_name_to_ask_for(command, monkeypatch):
+    monkeypatch.setenv("PEFTMUX_ADAPTER", "mine=/srv/mine")
+    monkeypatch.setenv("PEFTMUX_ADAPTER_NAME", "mine@0123")
+    parser, settings = command.build_parser()
+    assert settings.resolve(parser.parse_args(["x"]), os.environ).adapter_name == "mine@0123"
+    monkeypatch.delenv("PEFTMUX_ADAPTER_NAME")
+    assert settings.resolve(parser.parse_args(["x"]), os.environ).adapter_name is None
+
+
 def test_flags_of_classify_and_embed_are_frozen():
     assert flags(classify.build_parser()[0]) == CONNECTION | {"--adapter", "--adapter-task", "--json"}
     assert flags(embed.build_parser()[0]) == CONNECTION | {
@@ -195,6 +205,8 @@ def test_help_is_complete(command, capsys):
         (["serve", "m", "--tls-client-ca-cert-path", __file__], "with --tls-client-ca-cert-path"),
         (["serve", "m", "--auth-tokens", "/none"], "expected a file, got '/none'"),
         (["serve", "m", "--grace-seconds", "-1"], "expected a number of seconds >= 0, got '-1'"),
+        (["generate", "x", "--tls-key-path", __file__], "together, got only --tls-key-path"),
+        (["adapters", "list", "--tls-cert-path", __file__], "together, got only --tls-cert-path"),
         (["generate", "x", "--adapters", "a=1,b"], "expected NAME=WEIGHT,NAME=WEIGHT,..., got 'a=1,b'"),
         (["generate", "x", "--adapters", "=1"], "expected NAME=WEIGHT,NAME=WEIGHT,..., got '=1'"),
         (["generate", "x", "--max-tokens", "0"], "expected a whole number >= 1, got '0'"),

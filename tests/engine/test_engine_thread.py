@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
+from peftmux.kernels.lowrank.workspace import workspace
 from peftmux.runtime.errors import EngineDead
 from tests.engine.harness import StepGate, ask, in_engine_thread, request, running, until
 
@@ -66,6 +68,19 @@ async def test_calls_that_fail_while_the_engine_ends_leave_nobody_waiting() -> N
             assert await call == 7
             with pytest.raises(EngineDead):
                 await task
+
+
+async def test_an_engine_that_ends_gives_back_its_kernels_memory() -> None:
+    space = workspace("cpu")
+
+    def take() -> int:
+        space.buffers(3, 1, torch.float32)
+        return threading.get_ident()
+
+    async with running() as engine:
+        thread = await in_engine_thread(engine, take)
+        assert [key for key in space._local if key[0] == thread]
+    assert not [key for key in space._local if key[0] == thread]
 
 
 def _fail() -> None:

@@ -47,7 +47,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, Settings]]:
     load = settings["load"]
     load.add("source", metavar="SOURCE", help="its folder, under the server's adapter root")
     load.add("--revision", metavar="DIGEST", default="", help="refuse other content than this")
-    load.add("--pinned", action="store_true", default=False, help="never make room by moving it away")
+    load.add("--pinned", action="store_true", default=False, help="accepted; loaded adapters are never moved away")
     load.add("--replace", action="store_true", default=False, help="other content becomes the name's new revision")
     for name in ("load", "unload"):
         settings[name].add("--wait", action=argparse.BooleanOptionalAction, default=True, help="return when it is done")

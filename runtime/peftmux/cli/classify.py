@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from peftmux.cli import values
-from peftmux.cli.connection import add_connection, connected
+from peftmux.cli.connection import add_adapter, add_connection, connected
 from peftmux.cli.prompt import add_prompt, prompt_text
 from peftmux.cli.settings import Settings, parse
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     parser, settings = build_parser()
     args = parse(parser, settings, argv, os.environ)
-    if args.adapter is None:
+    if args.adapter_name is None:
         parser.error("expected --adapter NAME, one with a classification head, got none")
     text = prompt_text(args)
     with connected(args) as client:
-        answer = client.classify(text, adapter=args.adapter, adapter_task=args.adapter_task)
+        answer = client.classify(text, adapter=args.adapter_name, adapter_task=args.adapter_task)
         if args.json:
             print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
         elif len(answer.rows) == 1:
@@ -41,7 +41,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Settings]:
     )
     settings = Settings(parser)
     add_prompt(settings)
-    settings.add("--adapter", metavar="NAME", help="NAME or NAME@REVISION of an adapter with a classification head")
+    add_adapter(settings, " of an adapter with a classification head")
     settings.add("--adapter-task", metavar="N", type=values.natural, help="which task of a multi-task adapter")
     settings.add("--json", action="store_true", default=False, help="print the whole answer as one JSON object")
     add_connection(settings)

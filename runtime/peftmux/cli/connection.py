@@ -24,7 +24,13 @@ def add_connection(settings: Settings) -> None:
     settings.add("--tls-ca-cert-path", metavar="FILE", type=values.existing_file, help="use TLS, trusting this one")
     settings.add("--tls-cert-path", metavar="FILE", type=values.existing_file, help="this client's certificate")
     settings.add("--tls-key-path", metavar="FILE", type=values.existing_file, help="its private key")
+    settings.together("--tls-cert-path", "--tls-key-path")
     settings.add("--timeout", metavar="S", type=values.seconds, help="seconds for the call")
+
+
+def add_adapter(settings: Settings, help: str) -> None:
+    """The name of one that the server has loaded, as `adapter_name`: PEFTMUX_ADAPTER is what the server loads."""
+    settings.add("--adapter", dest="adapter_name", metavar="NAME", help=f"NAME or NAME@REVISION{help}")
 
 
 @contextmanager

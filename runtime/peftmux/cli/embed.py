@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 
 from peftmux.cli import values
-from peftmux.cli.connection import add_connection, connected
+from peftmux.cli.connection import add_adapter, add_connection, connected
 from peftmux.cli.prompt import add_prompt, prompt_text
 from peftmux.cli.settings import Settings, parse
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     with connected(args) as client:
         answer = client.embed(
             prompt_text(args),
-            adapter=args.adapter or "",
+            adapter=args.adapter_name or "",
             adapter_task=args.adapter_task,
             pooling=args.pooling,
             normalize=args.normalize,
@@ -36,7 +36,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Settings]:
     parser = argparse.ArgumentParser(prog="peftmux embed", description="A text as one vector, printed on one line.")
     settings = Settings(parser)
     add_prompt(settings)
-    settings.add("--adapter", metavar="NAME", help="NAME or NAME@REVISION; the base model if left out")
+    add_adapter(settings, "; the base model if left out")
     settings.add("--adapter-task", metavar="N", type=values.natural, help="which task of a multi-task adapter")
     settings.add(
         "--pooling", choices=["mean", "last"], default="mean", help="over the text's tokens, or the last one alone"

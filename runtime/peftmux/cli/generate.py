@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
 
 from peftmux.cli import values
-from peftmux.cli.connection import add_connection, connected
+from peftmux.cli.connection import add_adapter, add_connection, connected
 from peftmux.cli.prompt import add_prompt, prompt_text
 from peftmux.cli.settings import Settings, parse
 
@@ -55,7 +55,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Settings]:
     )
     settings = Settings(parser)
     add_prompt(settings)
-    settings.add("--adapter", metavar="NAME", help="NAME or NAME@REVISION; the base model if left out")
+    add_adapter(settings, "; the base model if left out")
     settings.add(
         "--adapters",
         dest="adapter_weights",  # PEFTMUX_ADAPTERS is the server's folder
@@ -85,8 +85,10 @@ def _prompt(text: str, args: argparse.Namespace) -> Prompt:
 
 
 def _options(args: argparse.Namespace) -> GenerateOptions:
-    names = [name.replace("-", "_") for name in _SAMPLING] + ["adapter", "adapter_task", "stop", "ignore_eos"]
+    names = [name.replace("-", "_") for name in _SAMPLING] + ["adapter_task", "stop", "ignore_eos"]
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.adapter_name is not None:
+        chosen["adapter"] = args.adapter_name
     if args.adapter_weights:
         chosen["adapters"] = args.adapter_weights
     return cast("GenerateOptions", chosen)

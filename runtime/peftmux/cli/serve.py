@@ -36,8 +36,6 @@ def main(argv: Sequence[str]) -> int:
         parser.error("expected MODEL (a folder or a hub id), got none")
     if args.watch_adapters and args.adapters is None:
         parser.error("expected --adapters DIR with --watch-adapters, got none")
-    if (args.tls_cert_path is None) != (args.tls_key_path is None):
-        parser.error("expected --tls-cert-path and --tls-key-path together, got one of them")
     if args.tls_client_ca_cert_path is not None and args.tls_cert_path is None:
         parser.error("expected --tls-cert-path and --tls-key-path with --tls-client-ca-cert-path, got neither")
     logging.basicConfig(
@@ -136,6 +134,7 @@ def _add_addresses(settings: Settings) -> None:
         ("--auth-tokens", "bearer tokens that may call, one a line; without it anyone may"),
     ):
         settings.add(name, metavar="FILE", type=values.existing_file, help=text)
+    settings.together("--tls-cert-path", "--tls-key-path")
     settings.add(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="what goes to stderr"
     )

@@ -23,6 +23,7 @@ class Settings:
         self._parser = parser
         self._options: dict[str, tuple[argparse.Action, Any]] = {}
         self._repeated: set[str] = set()
+        self._together: list[tuple[str, ...]] = []
         self.add("--config", metavar="FILE", help="YAML file with values for these options")
 
     def add(self, *names: str, default: Any = None, help: str, **arguments: Any) -> None:
@@ -32,6 +33,10 @@ class Settings:
         self._options[action.dest] = (action, default)
         if arguments.get("action") in ("append", "extend"):
             self._repeated.add(action.dest)
+
+    def together(self, *flags: str) -> None:
+        """All of these options (without defaults) or none."""
+        self._together.append(flags)
 
     def resolve(self, given: argparse.Namespace, environ: Mapping[str, str]) -> argparse.Namespace:
         """Fill in what the command line left out. Bad values end the program as argparse does: message, status 2."""
@@ -48,6 +53,10 @@ class Settings:
             else:
                 value = default
             setattr(given, dest, value)
+        for flags in self._together:
+            got = [flag for flag in flags if getattr(given, _dest(flag)) is not None]
+            if 0 < len(got) < len(flags):
+                self._fail(f"expected {' and '.join(flags)} together, got only {' and '.join(got)}")
         return given
 
     def _read(self, path: str) -> dict[str, Any]:
@@ -93,6 +102,10 @@ class Settings:
 
     def _fail(self, message: str) -> NoReturn:
         self._parser.error(message)
+
+
+def _dest(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def parse(

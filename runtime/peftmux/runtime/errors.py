@@ -8,7 +8,7 @@
     |-- TaskMismatch            the adapter cannot do what is asked of it (it classifies, or it generates)
     |-- Draining                the server or the adapter is going   (retry)
     |-- QueueFull               too many requests wait               (retry)
-    |-- AdapterMemoryExhausted  pins or use hold all of it           (retry)
+    |-- AdapterMemoryExhausted  other adapters hold all of it        (retry)
     |-- DeadlineExceeded        the deadline has passed or cannot be met
     |-- UnsupportedModel        the base model cannot be served exactly (at start only)
     |-- NotFinite               the model's logits for this row were NaN or infinite

@@ -66,6 +66,12 @@ class Workspace:
             held = self._local[key] = self._grown(held, tokens, tiles, dtype)
         return held
 
+    def release(self) -> None:
+        """The calling thread launches no more: its buffers are given back."""
+        own = threading.get_ident()
+        for key in [key for key in list(self._local) if key[0] == own]:
+            del self._local[key]
+
     def _grown(self, held: _Buffers | None, tokens: int, tiles: int, dtype: torch.dtype) -> _Buffers:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"expected a step of {tokens} tokens to have run before its graph is captured")
@@ -97,3 +103,9 @@ def workspace(device: torch.device | str) -> Workspace:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _workspaces.setdefault(device, Workspace(device))
+
+
+def release() -> None:
+    """The calling thread launches no more, on any device."""
+    for held in list(_workspaces.values()):
+        held.release()

@@ -99,6 +99,10 @@ class EngineCore:
     def warm_up(self) -> None:
         self._runner.warm_up()
 
+    def close(self) -> None:
+        """No step follows. In the thread that ran them."""
+        self._runner.close()
+
     def step(self) -> None:
         """Run one step if there is work. Raises RuntimeError when the device fails again and again."""
         self._expire()

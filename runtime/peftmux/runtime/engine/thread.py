@@ -91,6 +91,7 @@ class EngineThread:
             self._answer_last_calls()
             self._core.abort_all(EngineDead("the engine has stopped"))
             self._publish()
+            self._core.close()
 
     def _turn(self) -> None:
         if not self._core.busy:

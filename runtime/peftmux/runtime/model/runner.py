@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.lowrank import Segments, workspace
 from peftmux.runtime.model.cache import PagedCache
 from peftmux.runtime.model.graphs import DecodeGraphs
 from peftmux.runtime.model.images import attention_rows, image_vectors
@@ -59,6 +59,10 @@ class Runner:
         """Capture what can be, so that no request waits for it. In the thread that runs steps, before the first."""
         if self.graphs is not None:
             self.graphs.warm_up()
+
+    def close(self) -> None:
+        """The thread that ran steps ends: what its kernels took is given back."""
+        workspace.release()
 
     def placed(self, slot: int, sites: Collection[Site]) -> None:
         """An adapter has been put into these sites, between steps."""
