@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.methods.adalora import triplets
+from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
@@ -186,7 +187,7 @@ class AdaLoraAdapter(AttachedAdapter):
         for place, layer in self.triplets.items():
             kept = layer.kept.bool().cpu()
             for name, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
-                full = next(key for key in named if key.endswith(f"{place}.{name}"))
+                full = f"{PREFIX}{place}.{name}"
                 named[full] = named[full].index_select(dim, kept.nonzero().flatten()).contiguous()
         return named
 

@@ -40,7 +40,7 @@ class AttachedAdapter:
     """An adapter in a live model. While it is attached the model computes with it; only its tensors are trainable.
 
     Trainable tensors are float32, on the model's device. A method builds one from what it changes; it subclasses where
-    it follows the training (`after_backward`, `after_step`) or stores something else than it trains (`tensors`).
+    it follows the training (`after_step`) or stores something else than it trains (`tensors`).
     """
 
     prefix: PrefixSource | None = None
@@ -140,9 +140,6 @@ class AttachedAdapter:
 
     def before_step(self, step: int, total: int) -> None:
         """An optimiser step begins. `step` counts from 0, `total` is how many the run has."""
-
-    def after_backward(self, step: int, total: int) -> None:
-        """The step's gradients are there (clipped); the optimiser has not moved yet."""
 
     def after_step(self, step: int, total: int) -> None:
         """The optimiser has moved."""

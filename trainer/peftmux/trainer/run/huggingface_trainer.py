@@ -213,9 +213,6 @@ class AdapterSteps(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._adapter.before_step(state.global_step, state.max_steps)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._adapter.after_backward(state.global_step, state.max_steps)
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._adapter.after_step(state.global_step, state.max_steps)
 
