@@ -146,7 +146,7 @@ def test_it_learns(task: str, method: str, taught: Path, tmp_path: Path):
     assert result.metrics["eval_loss"] < 0.35, "three labels at random are 1.1"
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix", "p-tuning"])
+@pytest.mark.parametrize("method", ["lora", "prefix", "p-tuning", "diffpruning"])
 def test_a_resumed_run_ends_with_the_same_bits(method: str, qwen2: Path, data: dict[str, Path], tmp_path: Path):
     check_resumes(method, qwen2, data["sequence"], tmp_path, options={"task": "sequence"})
 

@@ -12,6 +12,7 @@ layers exactly as many as `sparsity` says, and trained on without z. Only they a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,12 +75,14 @@ class DiffLinear(Change):
         self.alpha_matrix = nn.Parameter(self.w.new_full((1,), config.alpha_init)) if config.structured else None
         self.register_buffer("kept", torch.zeros_like(self.w, dtype=torch.bool))
         self.register_buffer("chosen", torch.zeros(1, dtype=torch.bool, device=weight.device))
+        self.is_chosen = False
+        """`chosen`, which is in checkpoints, without asking the device."""
         self.seed = seed
         """Of this layer's draws in this step: the same in every pass of it, in a resumed run, and among other jobs."""
 
     def delta(self) -> Tensor:
         """[out, in]: what is added to the weight."""
-        if self.chosen.item():
+        if self.is_chosen:
             return self.w * self.kept
         draws = torch.Generator(self.w.device).manual_seed(self.seed) if self.training else None
         z = _gate(self.alpha, draws)
@@ -101,6 +104,7 @@ class DiffLinear(Change):
         self.train(training)
         self.kept.copy_(kept)
         self.chosen.fill_(True)
+        self.is_chosen = True
 
 
 def _gate(alpha: Tensor, draws: torch.Generator | None) -> Tensor:
@@ -132,7 +136,12 @@ class DiffPruningAdapter(AttachedAdapter):
 
     @property
     def chosen(self) -> bool:
-        return all(bool(layer.chosen) for layer in self.layers.values())
+        return all(layer.is_chosen for layer in self.layers.values())
+
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        super().restore(stored)
+        for layer in self.layers.values():
+            layer.is_chosen = bool(layer.chosen)
 
     def optimizer_groups(self, weight_decay: float, learning_rate: float) -> list[dict[str, Any]]:
         named = self.parameters

@@ -88,6 +88,10 @@ class HeadedAdapter(AttachedAdapter):
     def sites(self) -> Mapping[str, int]:
         return {**self._inner.sites(), self.head.name: sum(p.numel() for p in self.head.parameters())}
 
+    def restore(self, stored: Mapping[str, Tensor]) -> None:
+        super().restore(stored)
+        self._inner.restore(stored)
+
     def optimizer_groups(self, weight_decay: float, learning_rate: float) -> list[dict[str, Any]]:
         own = {"params": list(self.head.parameters()), "weight_decay": weight_decay}
         groups = [group for group in self._inner.optimizer_groups(weight_decay, learning_rate) if group["params"]]
@@ -101,9 +105,6 @@ class HeadedAdapter(AttachedAdapter):
 
     def before_step(self, step: int, total: int) -> None:
         self._inner.before_step(step, total)
-
-    def after_backward(self, step: int, total: int) -> None:
-        self._inner.after_backward(step, total)
 
     def after_step(self, step: int, total: int) -> None:
         self._inner.after_step(step, total)
