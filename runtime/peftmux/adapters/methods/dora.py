@@ -15,20 +15,23 @@ _ROWS_AT_A_TIME = 1 << 22
 """Weight elements: bounds the float32 copy of a bfloat16 weight to 16 MB."""
 
 
-def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
     """||W + scale B A|| of each row, without forming B A: ||w||^2 + 2 s (B . W A^T) + s^2 (B A A^T . B).
 
-    weight: [out, in], a: [r, in], b: [out, r] -> [out], in a's dtype. Differentiable.
+    weight: [out, in], a: [r, in], b: [out, r] -> [out], in a's dtype. Differentiable. squares: ||w||^2, where known.
     """
     weight = weight.to(a.dtype)
     cross = (b * (weight @ a.T)).sum(dim=1)
     added = (b * (b @ (a @ a.T))).sum(dim=1)
-    return (weight.square().sum(dim=1) + 2 * scale * cross + scale**2 * added).clamp_min(0).sqrt()
+    squares = weight.square().sum(dim=1) if squares is None else squares
+    return (squares + 2 * scale * cross + scale**2 * added).clamp_min(0).sqrt()
 
 
-def dora_out_scale(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+def dora_out_scale(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor, squares: Tensor | None = None
+) -> Tensor:
     """magnitude / ||W + scale B A||: [out]. The gradient reaches the magnitude only, as in the paper's section 4.3."""
-    return magnitude / weight_norm(weight, a, b, scale).detach()
+    return magnitude / weight_norm(weight, a, b, scale, squares).detach()
 
 
 def chunked_out_scale(weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:

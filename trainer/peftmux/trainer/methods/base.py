@@ -113,12 +113,9 @@ class AttachedAdapter:
         return {name: count for name, count in counts.items() if count}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep for a run to go on exactly: every parameter and buffer, by name."""
-        found = {}
-        for place, module in [*self.changes.items(), *self.modules.items()]:
-            for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-                found[f"{place}/{name}"] = tensor.detach()
-        return found
+        """What a checkpoint must keep for a run to go on exactly: every parameter and persistent buffer, by name."""
+        places = [*self.changes.items(), *self.modules.items()]
+        return {f"{place}/{name}": tensor for place, module in places for name, tensor in module.state_dict().items()}
 
     @torch.no_grad()
     def restore(self, stored: Mapping[str, Tensor]) -> None:

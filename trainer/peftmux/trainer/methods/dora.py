@@ -22,16 +22,19 @@ class DoraLinear(LoraLinear):
     """
 
     low_rank_alone = False
+    squares: Tensor
+    """[out]: of the base weight's rows, which stay as they are."""
 
     def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
         super().__init__(base_layer, rank, scale, drop, generator)
         self._base = (base_layer,)  # no submodule: it is the base's
-        norm = torch.linalg.vector_norm(weight_out_in(base_layer).float(), dim=1)
-        if not norm.all():
+        squares = weight_out_in(base_layer).float().square().sum(dim=1)
+        if not squares.all():
             raise OptionError(
                 "method", "dora divides by the norm of each output feature's weight; this base has a zero"
             )
-        self.magnitude = nn.Parameter(norm)
+        self.register_buffer("squares", squares, persistent=False)
+        self.magnitude = nn.Parameter(squares.sqrt())
 
     def part(self) -> LinearPart:
         out_scale = self._out_scale()
@@ -41,7 +44,8 @@ class DoraLinear(LoraLinear):
 
     def _out_scale(self) -> Tensor:
         weight = weight_out_in(self._base[0])
-        return dora_out_scale(weight, self.lora_A.detach(), self.lora_B.detach(), self.scale, self.magnitude)
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        return dora_out_scale(weight, a, b, self.scale, self.magnitude, self.squares)
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         return {**super().file_tensors(), "lora_magnitude_vector": self.magnitude}
