@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from peftmux.adapters.norms import norm_layers
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host.host import Change
 from peftmux.trainer.host.sites import spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
+from peftmux.trainer.methods.layers import WholeNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,31 +24,9 @@ class LnConfig:
     )
 
 
-class NormChange(Change):
-    """The norm itself, with its own copies of weight [D] and bias [D] in the place of the base's."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self._norm = (norm,)  # no submodule: it is the base's
-        self.values = nn.ParameterDict({n: nn.Parameter(p.detach().float().clone()) for n, p in _vectors(norm).items()})
-
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
-        values = {name: value.to(y.dtype) for name, value in self.values.items()}
-        out: Tensor = torch.func.functional_call(self._norm[0], values, (x,))
-        return out
-
+class NormChange(WholeNorm):
     def file_tensors(self) -> Mapping[str, Tensor]:
         return {f"ln_tuning_layers.{name}": value for name, value in self.values.items()}
-
-
-def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that normalise, by their class's name and a weight vector."""
-    named = {n: m for n, m in model.named_modules() if type(m).__name__.endswith("Norm")}
-    return {name: module for name, module in named.items() if "weight" in _vectors(module)}
-
-
-def _vectors(norm: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in norm.named_parameters(recurse=False) if p.dim() == 1}
 
 
 def _attach(model: Any, config: LnConfig, context: AttachContext) -> AttachedAdapter:
