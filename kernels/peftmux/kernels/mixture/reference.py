@@ -38,8 +38,18 @@ class MixturePart:
 
 def route(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """x: [T, D] -> (shares [T, k] float32, the experts they belong to [T, k])."""
-    shares, chosen = (x.float() @ router.float().t()).softmax(-1).topk(top_k, -1)
-    return shares / shares.sum(-1, keepdim=True), chosen
+    return choose(all_shares(x, router), top_k)
+
+
+def all_shares(x: Tensor, router: Tensor) -> Tensor:
+    """Of every expert. x: [T, D] -> [T, E] float32."""
+    return (x.float() @ router.float().t()).softmax(-1)
+
+
+def choose(shares: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`route`, of the shares of all experts [T, E]."""
+    kept, chosen = shares.topk(top_k, -1)
+    return kept / kept.sum(-1, keepdim=True), chosen
 
 
 def apply_mixture_part(

@@ -20,7 +20,7 @@ from peftmux.adapters.feed_forward import FeedForward, feed_forward
 from peftmux.adapters.methods.lora import lora_scaling
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.lowrank import LinearPart, apply_linear_part
-from peftmux.kernels.mixture import route
+from peftmux.kernels.mixture import all_shares, choose
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change
 from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
@@ -48,6 +48,7 @@ class MixLoraConfig(ExpertsConfig):
 class MixtureBlock(Change):
     """In the place of a feed-forward block. router: [E, D] from N(0, 0.02^2); experts by projection."""
 
+    replaces = True
     balance: Tensor | None = None
 
     def __init__(
@@ -71,16 +72,17 @@ class MixtureBlock(Change):
         self.scale = lora_scaling(config.lora_alpha, config.r, False)
         self.adapter: tuple[RoutedAdapter, ...] = ()  # in a tuple: it is no submodule
 
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
+    def after(self, y: Tensor | None, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        shares = all_shares(tokens, self.router)
         if self.training:
-            found = self.adapter[0].counted(x)
-            self.balance = None if found is None else balance(found[0][found[1]], self.router)
-        return self.mixed(x.flatten(0, -2)).view_as(y).to(y.dtype)
+            found = self.adapter[0].counted(shares.view(*x.shape[:-1], -1))
+            self.balance = None if found is None else balance(found[0][found[1]])
+        return self.mixed(tokens, *choose(shares, self.top_k)).view_as(x)
 
-    def mixed(self, x: Tensor) -> Tensor:
-        """x: [N, D] -> [N, D]."""
+    def mixed(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
+        """x: [N, D], shares of the chosen experts: [N, k] -> [N, D]."""
         block, outer = self._block, self._block.outer
-        shares, chosen = route(x, self.router, self.top_k)
         inner = [self._layers[name](x) for name in block.inner]
         hidden = torch.zeros(len(x), width_in(self._layers[outer]), dtype=shares.dtype, device=x.device)
         added = torch.zeros(x.shape, dtype=shares.dtype, device=x.device)
@@ -95,8 +97,8 @@ class MixtureBlock(Change):
             if outer in self.experts:
                 nothing = torch.zeros(len(tokens), x.shape[1], dtype=shares.dtype, device=x.device)
                 added = added.index_add(0, tokens, share * self._changed(nothing, h, outer, expert))
-        out: Tensor = self._layers[outer](hidden.to(x.dtype)) + added
-        return out
+        out: Tensor = self._layers[outer](hidden.to(x.dtype))
+        return (out + added).to(out.dtype)
 
     def _changed(self, y: Tensor, x: Tensor, name: str, expert: int) -> Tensor:
         if name not in self.experts:
@@ -112,14 +114,11 @@ class MixtureBlock(Change):
         return named
 
 
-def balance(x: Tensor, router: Tensor) -> Tensor:
-    """x: [N, D], router: [E, D] -> E * sum_e F_e P_e, 1 where all experts have the same share."""
-    count = len(router)
-    first = route(x, router, 1)[1].flatten()
-    chosen = torch.bincount(first, minlength=count) / len(x)
-    shares, order = route(x, router, count)  # all of them: these sum to one as the softmax does
-    mean = torch.zeros_like(shares).scatter(1, order, shares).mean(0)
-    return count * (chosen * mean).sum()
+def balance(shares: Tensor) -> Tensor:
+    """shares: [N, E] -> E * sum_e F_e P_e, 1 where all experts have the same share."""
+    count = shares.shape[1]
+    first = torch.bincount(shares.argmax(1), minlength=count) / len(shares)
+    return count * (first * shares.mean(0)).sum()
 
 
 def width_in(layer: nn.Module) -> int:
