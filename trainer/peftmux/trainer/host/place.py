@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ class Change(nn.Module):
     given. A subclass overrides `before`, `after` or both; its file tensors are named by what follows the module's path
     in the adapter's file.
     """
+
+    replaces: ClassVar[bool] = False
+    """`after` needs x alone: it is given None for y, and the base computes nothing, where no other adapter needs it."""
 
     @property
     def draws(self) -> bool:
@@ -76,17 +79,18 @@ class Place(nn.Module):
         host: Host = self.__dict__["host"]
         if host.spans is None:
             (alone,) = self.changes.values()
-            return alone.after(base(alone.before(x)), x)  # type: ignore[operator]
+            return _alone(alone, base, x)  # type: ignore[arg-type]
         here = [self._change(key) for key, _ in host.spans]
         if len(here) == 1:
-            return here[0].after(base(here[0].before(x)), x)
+            return _alone(here[0], base, x)
         low_rank = [part for change in here if (part := change.low_rank()) is not None]
         sizes = host.sizes(x)
         if len(low_rank) == len(here):
             return host.add_low_rank(base(x), _read(host, here, x, sizes), low_rank)
         pieces = x.split(sizes)  # not slices: the gradient of a slice is as large as x
-        given = _cat([change.before(piece) for change, piece in zip(here, pieces, strict=True)])
-        own = zip(here, _split(base(given), sizes), pieces, strict=True)
+        replaced = all(change.replaces for change in here)
+        outputs = [None] * len(here) if replaced else _split(base(_given(here, x, pieces)), sizes)
+        own = zip(here, outputs, pieces, strict=True)
         return _cat([_call(host, i, change, change.after, y, x) for i, (change, y, x) in enumerate(own)])
 
     def _change(self, key: str) -> Change:
@@ -97,6 +101,17 @@ class Place(nn.Module):
             return super().__getattr__(name)
         except AttributeError:  # some models look at a layer's weight, its dtype or its sizes
             return getattr(self._modules["base_layer"], name)
+
+
+def _alone(change: Change, base: Callable[[Any], Any], x: Any) -> Any:
+    return change.after(None if change.replaces else base(change.before(x)), x)
+
+
+def _given(here: Sequence[Change], x: Any, pieces: Sequence[Any]) -> Any:
+    """What the base's module is given for rows of several adapters: x itself, where none of them changes it."""
+    if all(type(change).before is Change.before for change in here):
+        return x
+    return _cat([change.before(piece) for change, piece in zip(here, pieces, strict=True)])
 
 
 def _read(host: Host, here: Sequence[Change], x: Tensor, sizes: list[int]) -> Tensor:

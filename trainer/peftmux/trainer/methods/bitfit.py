@@ -50,13 +50,16 @@ class LinearBias(LinearChange):
 class NormBias(Change):
     """bias: [D], from the base's, in its place."""
 
+    replaces = True
+
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self._norm = (norm,)  # no submodule: it is the base's
         self.bias = nn.Parameter(norm.bias.detach().float().clone())  # type: ignore[operator]
 
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
-        return apply_norm_part(self._norm[0], x, NormPart(bias=self.bias.to(y.dtype)))
+    def after(self, y: Tensor | None, x: Tensor) -> Tensor:
+        norm = self._norm[0]
+        return apply_norm_part(norm, x, NormPart(bias=self.bias.to(norm.get_parameter("bias").dtype)))
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         return {"bias": self.bias}

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from peftmux.adapters.norms import norm_layers, vectors
 from peftmux.adapters.quantised import dequantised, is_quantised
@@ -18,7 +20,6 @@ from peftmux.adapters.tables import table_scale
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part, scaled_part
 from peftmux.kernels.norms import NormPart, apply_norm_part
-from peftmux.kernels.rows import ReplacedRows, apply_replaced_rows
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
@@ -60,15 +61,21 @@ class WholeChange(Change):
 
 
 class WholeLinear(WholeChange):
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
+    replaces = True
+
+    def after(self, y: Tensor | None, x: Tensor) -> Tensor:
         weight = self.values["weight"] if isinstance(self._module[0], nn.Linear) else self.values["weight"].T
-        return apply_replaced_rows(y, x, ReplacedRows(weight, None, self.values.get("bias")))
+        out = linear(x.to(weight.dtype), weight, self.values.get("bias"))
+        return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
 
 
 class WholeNorm(WholeChange):
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
-        values = {name: value.to(y.dtype) for name, value in self.values.items()}
-        return apply_norm_part(self._module[0], x, NormPart(**values))
+    replaces = True
+
+    def after(self, y: Tensor | None, x: Tensor) -> Tensor:
+        norm = self._module[0]
+        values = {name: value.to(norm.get_parameter(name).dtype) for name, value in self.values.items()}
+        return apply_norm_part(norm, x, NormPart(**values))
 
 
 class WholeEmbedding(WholeChange):
