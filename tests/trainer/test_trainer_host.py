@@ -36,6 +36,20 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.parametrize(("first", "kept"), [(0, 15), (1, 15), (4, 11)])
+def test_cropped_logits_are_those_that_a_label_needs(first: int, kept: int):
+    """Behind virtual tokens a row's first token is predicted, too: rows that are learned from their start."""
+    model, ids = build_model("llama"), random_ids()
+    keys = {attach(model, "prompt", {"num_virtual_tokens": n}, n).key: 1 for n in (3, 5)}
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < first, -100)
+    crop = max(first - 1, 0)  # as the collator crops
+    with Host.of(model).rows(keys):
+        whole = model(input_ids=ids, labels=labels)
+        some = model(input_ids=ids, labels=labels[:, crop:], logits_to_keep=ids.shape[1] - crop)
+    torch.testing.assert_close(some.loss, whole.loss)
+    assert (some.logits.shape[1], whole.logits.shape[1]) == (kept, 17)
+
+
 @pytest.mark.parametrize("shape", ["llama-biased", "qwen2"])
 def test_rows_of_several_adapters_are_those_of_each_alone(shape: str):
     ids = random_ids(sum(rows for *_, rows in JOBS))

@@ -78,32 +78,27 @@ class Inputs:
         ids, labels, mask = (self.kwargs.get(n) for n in ("input_ids", "labels", "attention_mask"))
         assert ids is not None
         keep = self.kwargs.get("logits_to_keep")
-        if keep is not None and labels is not None:  # cropped labels: back to one for each token
-            labels = pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORED)
+        cropped = 0 if keep is None or labels is None else ids.shape[1] - labels.shape[1]
+        if labels is not None and cropped:  # back to one for each token
+            labels = pad(labels, (cropped, 0), value=IGNORED)
         new = [
             (ids[s], None if labels is None else labels[s]) if source is None else source.insert(ids[s], _of(labels, s))
             for s, source in sources
         ]
         width = max(piece.shape[1] for piece, _ in new)
         self.kwargs["input_ids"] = torch.cat([pad(piece, (0, width - piece.shape[1])) for piece, _ in new])
+        added = [piece.shape[1] - ids.shape[1] for piece, _ in new]
         if labels is not None:
             parts = [pad(part, (0, width - part.shape[1]), value=IGNORED) for _, part in new if part is not None]
             self.kwargs["labels"] = torch.cat(parts)
+            if keep is not None:
+                first = max(min(added) + (cropped or -1), 0)  # a row's first token is predicted now, if it is learned
+                self.kwargs |= {"labels": self.kwargs["labels"][:, first:], "logits_to_keep": width - first}
         if mask is not None:
             ones = [mask.new_ones(piece.shape[0], piece.shape[1] - ids.shape[1]) for piece, _ in new]
             grown = [torch.cat([one, mask[s]], 1) for one, (s, _) in zip(ones, sources, strict=True)]
             self.kwargs["attention_mask"] = torch.cat([pad(part, (0, width - part.shape[1])) for part in grown])
-        if keep is not None and labels is not None:
-            self._crop_labels()
-        return [piece.shape[1] - ids.shape[1] for piece, _ in new]
-
-    def _crop_labels(self) -> None:
-        """Only positions from the one before the first learned token on need logits."""
-        labels = self.kwargs["labels"]
-        learned = (labels[:, 1:] != IGNORED).any(0).nonzero()
-        first = int(learned[0]) if len(learned) else labels.shape[1] - 1
-        self.kwargs["labels"] = labels[:, first:]
-        self.kwargs["logits_to_keep"] = labels.shape[1] - first
+        return added
 
     def prepend_prefixes(self, sources: Sequence[tuple[slice, PrefixSource | None]]) -> None:
         """The prefixes as the past, so that a row's first token has position n and sees all of its prefix."""

@@ -20,26 +20,26 @@ class JoinedBatch:
     input_ids: Tensor
     """[B, T]."""
     labels: Tensor
-    """[B, T], IGNORED where nothing is learned."""
+    """[B, K] of the last K positions, IGNORED where nothing is learned."""
     rows: tuple[int, ...]
+    cropped: bool
+    """Only those positions' logits are computed."""
 
-    def inputs(self, crop_logits: bool) -> dict[str, Any]:
-        """What the model is called with. With `crop_logits` only the logits that some label needs are computed."""
-        if not crop_logits:
-            return {"input_ids": self.input_ids, "labels": self.labels}
-        learned = (self.labels[:, 1:] != IGNORED).any(0).nonzero()
-        first = int(learned[0]) if len(learned) else self.labels.shape[1] - 1
-        keep = self.labels.shape[1] - first
-        return {"input_ids": self.input_ids, "labels": self.labels[:, first:], "logits_to_keep": keep}
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        keep = {"logits_to_keep": self.labels.shape[1]} if self.cropped else {}
+        return {"input_ids": self.input_ids, "labels": self.labels, **keep}
 
 
 def join(batches: Sequence[Mapping[str, Any]], pad_id: int) -> JoinedBatch:
     """Each as the collator made it: input_ids [B_j, T_j], labels [B_j, K_j] of the last K_j positions."""
     width = max(batch["input_ids"].shape[1] for batch in batches)
+    first = min(batch["input_ids"].shape[1] - batch["labels"].shape[1] for batch in batches)
     ids, labels = [], []
     for batch in batches:
         length = batch["input_ids"].shape[1]
         missing = length - batch["labels"].shape[1]
         ids.append(pad(batch["input_ids"], (0, width - length), value=pad_id))
-        labels.append(pad(batch["labels"], (missing, width - length), value=IGNORED))
-    return JoinedBatch(torch.cat(ids), torch.cat(labels), tuple(len(part) for part in ids))
+        labels.append(pad(batch["labels"], (missing - first, width - length), value=IGNORED))
+    cropped = "logits_to_keep" in batches[0]  # one model's, so all or none
+    return JoinedBatch(torch.cat(ids), torch.cat(labels), tuple(len(part) for part in ids), cropped)

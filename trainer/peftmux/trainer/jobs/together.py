@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -34,7 +33,6 @@ class Together:
     def __init__(self, model: Any, pad_id: int) -> None:
         self._model = model
         self._pad_id = pad_id
-        self._crop = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._most = CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
         self._first = True
         self._apart = ""
@@ -100,7 +98,7 @@ class Together:
             return sum(losses[1:], losses[0])
 
         with replaced_loss(model, by_job):
-            loss: Tensor = model(**batch.inputs(self._crop)).loss
+            loss: Tensor = model(**batch.inputs()).loss
         return loss
 
 
