@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,15 @@ class Example:
         """
         first = next(i for i, label in enumerate(self.labels) if i and label != IGNORED)
         return {"input_ids": self.input_ids, "labels": self.labels, "first_label": first}
+
+    def with_inserted(self, groups: Iterable[tuple[int, Sequence[int]]]) -> Example:
+        """With tokens that are not learned. groups: (index of the token that they stand before, they), in order."""
+        ids, labels, done = [], [], 0
+        for at, tokens in groups:
+            ids += [*self.input_ids[done:at], *tokens]
+            labels += [*self.labels[done:at], *[IGNORED] * len(tokens)]
+            done = at
+        return replace(self, input_ids=[*ids, *self.input_ids[done:]], labels=[*labels, *self.labels[done:]])
 
     @property
     def learned(self) -> int:

@@ -21,7 +21,7 @@ from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
-from peftmux.trainer.methods.linear import LinearChange, expert_notes, weight_out_in
+from peftmux.trainer.methods.linear import LinearChange, expert_notes, fan_in_fan_out, weight_out_in
 from peftmux.trainer.methods.lora import default_learning_rate
 
 
@@ -209,8 +209,7 @@ def _normal(shape: tuple[int, int], generator: torch.Generator, device: torch.de
 
 
 def _attach(model: Any, config: AdaLoraConfig, context: AttachContext) -> AttachedAdapter:
-    fields = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    sites = select_sites(model, {**fields, "layers_to_transform": None, "layers_pattern": None})
+    sites = select_sites(model, config.target_modules, config.exclude_modules)
     generator = torch.Generator().manual_seed(context.seed)
     changes = {name: TripletLinear(layer, config, generator) for name, layer in sites.items()}
     written = {
@@ -225,7 +224,7 @@ def _attach(model: Any, config: AdaLoraConfig, context: AttachContext) -> Attach
         "beta2": config.beta2,
         "orth_reg_weight": config.orth_reg_weight,
         "target_modules": spelled_out(model, list(sites)),
-        "fan_in_fan_out": not any(isinstance(layer, nn.Linear) for layer in sites.values()),
+        "fan_in_fan_out": fan_in_fan_out(sites.values()),
     }
     adapter = AdaLoraAdapter("adalora", model, changes, written, notes=expert_notes(model))
     adapter.config = config

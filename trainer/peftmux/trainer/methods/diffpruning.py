@@ -201,8 +201,7 @@ class DiffPruningAdapter(AttachedAdapter):
 
 
 def _attach(model: Any, config: DiffPruningConfig, context: AttachContext) -> AttachedAdapter:
-    fields = {"target_modules": config.target_modules, "exclude_modules": None}
-    sites = select_sites(model, {**fields, "layers_to_transform": None, "layers_pattern": None})
+    sites = select_sites(model, config.target_modules)
     changes = {name: DiffLinear(layer, config, index) for index, (name, layer) in enumerate(sites.items())}
     adapter = DiffPruningAdapter("diffpruning", model, changes, {"peft_type": "DIFFPRUNING"}, notes=expert_notes(model))
     adapter.config, adapter.seed = config, context.seed

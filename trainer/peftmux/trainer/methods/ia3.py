@@ -17,9 +17,9 @@ from peftmux.kernels import inputs
 from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change
-from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
+from peftmux.trainer.host.sites import ALL_LINEAR, is_named, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
-from peftmux.trainer.methods.linear import expert_notes, weight_out_in
+from peftmux.trainer.methods.linear import expert_notes, fan_in_fan_out, weight_out_in
 from peftmux.trainer.methods.lora import default_learning_rate
 
 
@@ -68,8 +68,7 @@ class InputScale(Change):
 
 
 def _attach(model: Any, config: Ia3Config, context: AttachContext) -> AttachedAdapter:
-    fields = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    sites = select_sites(model, {**fields, "layers_to_transform": None, "layers_pattern": None})
+    sites = select_sites(model, config.target_modules, config.exclude_modules)
     feedforward = _feedforward(model, config, sites)
     changes: dict[str, Change] = {
         name: InputScale(layer) if name in feedforward else OutputScale(layer) for name, layer in sites.items()
@@ -79,7 +78,7 @@ def _attach(model: Any, config: Ia3Config, context: AttachContext) -> AttachedAd
         "target_modules": spelled_out(model, list(sites)),
         "feedforward_modules": spelled_out(model, sorted(feedforward)) if feedforward else [],
         "exclude_modules": None,
-        "fan_in_fan_out": not any(isinstance(layer, nn.Linear) for layer in sites.values()),
+        "fan_in_fan_out": fan_in_fan_out(sites.values()),
         "init_ia3_weights": True,
     }
     return AttachedAdapter("ia3", model, changes, written, notes=expert_notes(model))
@@ -92,9 +91,9 @@ def _feedforward(model: Any, config: Ia3Config, sites: Mapping[str, nn.Module]) 
         last = {name.rpartition(".")[2] for name in wide}
         return wide if not any(n.rpartition(".")[2] in last for n in sites.keys() - wide) else set()
     named = tuple(config.feedforward_modules)
-    chosen = {site for site in sites if any(site == n or site.endswith(f".{n}") for n in named)}
+    chosen = {site for site in sites if any(is_named(site, name) for name in named)}
     for name in named:
-        if not any(site == name or site.endswith(f".{name}") for site in chosen):
+        if not any(is_named(site, name) for site in chosen):
             raise OptionError("feedforward-modules", f"expected names among the target modules, got {name!r}")
     return chosen
 

@@ -22,6 +22,7 @@ from peftmux.kernels.embedding import EmbeddingPart, apply_embedding_part, scale
 from peftmux.kernels.norms import NormPart, apply_norm_part
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.sites import is_named
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes
 
@@ -118,19 +119,15 @@ def _chosen(
         chosen = [name for name in chosen if _block(name) in wanted]
     if names is not None:
         for wanted_name in names:
-            if not any(_is_named(name, wanted_name) for name in chosen):
+            if not any(is_named(name, wanted_name) for name in chosen):
                 raise OptionError("target-modules", f"no module that can be trained is named {wanted_name!r} there")
-        chosen = [name for name in chosen if any(_is_named(name, wanted_name) for wanted_name in names)]
+        chosen = [name for name in chosen if any(is_named(name, wanted_name) for wanted_name in names)]
     return chosen
 
 
 def _block(name: str) -> str | None:
     """The number of the block that a module is in: the first number of its path."""
     return next((piece for piece in name.split(".") if piece.isdigit()), None)
-
-
-def _is_named(name: str, wanted: str) -> bool:
-    return name == wanted or name.endswith(f".{wanted}")
 
 
 LAYERS = Method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +68,11 @@ def weight_out_in(layer: nn.Module) -> Tensor:
         return dequantised(layer)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight if isinstance(layer, nn.Linear) else weight.T
+
+
+def fan_in_fan_out(layers: Iterable[nn.Module]) -> bool:
+    """PEFT's field: whether the weights are stored [in, out]."""
+    return not any(isinstance(layer, nn.Linear) for layer in layers)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator, device: torch.device) -> nn.Parameter:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftmux.adapters.norms import norm_layers
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host.sites import spelled_out
+from peftmux.trainer.host.sites import is_named, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.layers import WholeNorm
 
@@ -33,7 +33,7 @@ def _attach(model: Any, config: LnConfig, context: AttachContext) -> AttachedAda
     norms = norm_layers(model)
     wanted = config.target_modules
     if wanted is not None:
-        norms = {n: m for n, m in norms.items() if any(n == w or n.endswith(f".{w}") for w in wanted)}
+        norms = {n: m for n, m in norms.items() if any(is_named(n, w) for w in wanted)}
     if not norms:
         raise OptionError("target-modules", f"expected names of normalisation layers, got {wanted}")
     changes = {name: NormChange(norm) for name, norm in norms.items()}

@@ -16,7 +16,7 @@ from peftmux.kernels.lowrank import LinearPart
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
-from peftmux.trainer.methods.linear import LinearChange, expert_notes, uniform, weight_out_in
+from peftmux.trainer.methods.linear import LinearChange, expert_notes, fan_in_fan_out, uniform, weight_out_in
 
 _TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -83,7 +83,7 @@ def attach_lora(
     adapter: type[AttachedAdapter] = AttachedAdapter,
 ) -> AttachedAdapter:
     """`linear` decides what stands at each site. Raises OptionError where the options match no layer of the model."""
-    sites = select_sites(model, {name: getattr(config, name) for name in _TARGETING})
+    sites = select_sites(model, **{name: getattr(config, name) for name in _TARGETING})
     generator = torch.Generator().manual_seed(context.seed)
     matcher = PatternMatcher()
 
@@ -104,7 +104,7 @@ def attach_lora(
         "alpha_pattern": {k: _as_int(v) for k, v in config.alpha_pattern.items()},
         "use_rslora": config.use_rslora,
         "use_dora": use_dora,
-        "fan_in_fan_out": not any(isinstance(m, nn.Linear) for m in sites.values()),
+        "fan_in_fan_out": fan_in_fan_out(sites.values()),
     }
     changes = {name: build(name, module) for name, module in sites.items()}
     return adapter(kind, model, changes, fields, notes=expert_notes(model))

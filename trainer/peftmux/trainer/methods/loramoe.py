@@ -75,8 +75,7 @@ def balance(shares: Tensor, counted: Tensor) -> Tensor:
 
 
 def _attach(model: Any, config: LoraMoeConfig, context: AttachContext) -> AttachedAdapter:
-    fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    sites = select_sites(model, {**fields, "target_modules": config.target_modules or _feed_forward(model)})
+    sites = select_sites(model, config.target_modules or _feed_forward(model))
     generator = torch.Generator().manual_seed(context.seed)
     changes = {name: LoraMoeLinear(layer, config, generator) for name, layer in sites.items()}
     written = {

@@ -128,8 +128,7 @@ def width_in(layer: nn.Module) -> int:
 
 
 def _attach(model: Any, config: MixLoraConfig, context: AttachContext) -> AttachedAdapter:
-    fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    sites = select_sites(model, {**fields, "target_modules": config.target_modules})
+    sites = select_sites(model, config.target_modules)
     generator = torch.Generator().manual_seed(context.seed)
     changes: dict[str, Change] = {}
     blocks = []

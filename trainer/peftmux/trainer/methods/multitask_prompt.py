@@ -8,7 +8,7 @@ Rows of the data say which task they are of in a column `task`; a request says i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from peftmux.adapters.methods.multitask_prompt import COLUMNS, ROWS, task_prompts
 from peftmux.trainer.data import Example
-from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.prompt import TENSOR, PromptConfig, initial_rows, prompt_fields, virtual_embeddings
@@ -66,8 +65,7 @@ class MultitaskPromptAdapter(AttachedAdapter):
             raise OptionError("task", f"expected one of {', '.join(self._tasks)}, got {example.task!r}")
         length = len(self._source.embeddings)
         start = self._first + self._tasks.index(str(example.task)) * length
-        ids, labels = [*range(start, start + length), *example.input_ids], [IGNORED] * length + example.labels
-        return replace(example, input_ids=ids, labels=labels)
+        return example.with_inserted([(0, range(start, start + length))])
 
     def tensors(self) -> dict[str, Tensor]:
         named = {TENSOR: self._source.embeddings, COLUMNS: self._source.columns, ROWS: self._source.rows}

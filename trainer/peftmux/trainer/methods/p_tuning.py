@@ -6,7 +6,7 @@ The encoder is part of a checkpoint and no part of the adapter, whose file holds
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from peftmux.adapters.parts import TokenGroup
 from peftmux.adapters.template import PromptTooShort, inserts
 from peftmux.trainer.data import Example
-from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.prompt import PromptAdapter, PromptConfig, initial_rows, prompt_fields
@@ -71,17 +70,11 @@ class TemplateAdapter(PromptAdapter):
         self._first = vocabulary
 
     def place(self, example: Example) -> Example:
-        ids, labels = [], []
-        done = 0
         try:
             places = inserts(self.groups, example.prompt)
         except PromptTooShort as error:
             raise OptionError("template", str(error)) from None
-        for index, tokens in places:
-            ids += [*example.input_ids[done:index], *(self._first + token for token in tokens)]
-            labels += [*example.labels[done:index], *[IGNORED] * len(tokens)]
-            done = index
-        return replace(example, input_ids=[*ids, *example.input_ids[done:]], labels=[*labels, *example.labels[done:]])
+        return example.with_inserted((index, [self._first + token for token in tokens]) for index, tokens in places)
 
 
 class Encoder(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.sites import path_of
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 
 TENSOR = "prompt_embeddings"
@@ -110,8 +111,7 @@ class PromptAdapter(AttachedAdapter):
 def virtual_embeddings(model: Any, source: nn.Module) -> tuple[str, VirtualEmbeddings]:
     """The input embedding's path, and what is changed there for ids that follow the vocabulary."""
     table = model.get_input_embeddings()
-    path = next(name for name, module in model.named_modules() if module is table)
-    return path, VirtualEmbeddings(source, table.num_embeddings)
+    return path_of(model, table), VirtualEmbeddings(source, table.num_embeddings)
 
 
 def prompt_fields(model: Any, peft_type: str, count: int) -> dict[str, object]:

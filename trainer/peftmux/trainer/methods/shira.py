@@ -62,8 +62,7 @@ class SparseLinear(Change):
 
 
 def _attach(model: Any, config: ShiraConfig, context: AttachContext) -> AttachedAdapter:
-    fields = {"target_modules": config.target_modules, "exclude_modules": None}
-    sites = select_sites(model, {**fields, "layers_to_transform": None, "layers_pattern": None})
+    sites = select_sites(model, config.target_modules)
     if not all(isinstance(layer, nn.Linear) for layer in sites.values()):
         raise OptionError("method", "shira trains nn.Linear layers, as PEFT does; this base has others (Conv1D)")
     generator = torch.Generator().manual_seed(context.seed)

@@ -14,6 +14,7 @@ from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.head import Head, HeadLayer, apply_head
 from peftmux.trainer.data import Example
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host.sites import path_of
 from peftmux.trainer.methods.base import AttachedAdapter
 
 _CLASSES = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
@@ -51,8 +52,7 @@ class HeadedAdapter(AttachedAdapter):
 
     def __init__(self, inner: AttachedAdapter, head: TaskHead, model: Any) -> None:
         """Takes the place of `inner` in the model. Raises OptionError where that changes the output projection."""
-        table = model.get_output_embeddings()
-        output = next((name for name, module in model.named_modules() if module is table), None)
+        output = path_of(model, model.get_output_embeddings())
         if output in inner.changes:
             raise OptionError("target-modules", f"expected layers that a classifier has, which has no {output}")
         self._inner = inner

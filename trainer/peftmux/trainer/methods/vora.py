@@ -8,7 +8,7 @@ first layers while it trains on tens of millions of images; that is not done her
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,19 +21,17 @@ from peftmux.adapters.methods.vora import FIELDS, VISION, adapted_sites, check_b
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.vision import VisionPart, embed_patches
 from peftmux.trainer.data import Example
-from peftmux.trainer.data.encode import IGNORED
-from peftmux.trainer.data.images import ImageStore, stacked
+from peftmux.trainer.data.images import ImageStore, RowImage, stacked
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change
 from peftmux.trainer.host.inputs import causal_only, whole_mask
-from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
+from peftmux.trainer.host.sites import ALL_LINEAR, path_of, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.linear import expert_notes, uniform
 from peftmux.trainer.methods.lora import LoraLinear, default_learning_rate
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_TARGETING: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +135,8 @@ class VoraAdapter(AttachedAdapter):
         self._vision = vision
         if part.bidirectional:
             self.sees_both_ways = tokens.sees
-        path = next(name for name, module in model.named_modules() if module is table)
         notes = expert_notes(model)
-        super().__init__("vora", model, {**pairs, path: tokens}, fields, {VISION[:-1]: vision}, notes)
+        super().__init__("vora", model, {**pairs, path_of(model, table): tokens}, fields, {VISION[:-1]: vision}, notes)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -149,13 +146,11 @@ class VoraAdapter(AttachedAdapter):
         return {name: tensor.detach().float().cpu() for name, tensor in self._named().items()}
 
     def place(self, example: Example) -> Example:
-        ids, labels, done = [], [], 0
-        for placed in example.images:
-            first = self._first + self._store.add(placed.image) * self._each
-            ids += [*example.input_ids[done : placed.at], *range(first, first + self._each)]
-            labels += [*example.labels[done : placed.at], *[IGNORED] * self._each]
-            done = placed.at
-        return replace(example, input_ids=[*ids, *example.input_ids[done:]], labels=[*labels, *example.labels[done:]])
+        return example.with_inserted((placed.at, self._tokens(placed.image)) for placed in example.images)
+
+    def _tokens(self, image: RowImage) -> range:
+        first = self._first + self._store.add(image) * self._each
+        return range(first, first + self._each)
 
     def _named(self) -> dict[str, Tensor]:
         pairs = {f"llm.{place}.{key}": t for place, c in self.changes.items() for key, t in c.file_tensors().items()}
@@ -167,7 +162,7 @@ def _attach(model: Any, config: VoraConfig, context: AttachContext) -> AttachedA
         raise OptionError("task", "vora learns to write about images: a classifier is not asked about any")
     if context.examples and not any(example.images for example in context.examples):
         raise OptionError("data", "expected rows with images, a list of files or base64; found none (train lora)")
-    named = select_sites(model, _TARGETING | {"target_modules": config.target_modules})
+    named = select_sites(model, config.target_modules)
     fields: dict[str, Any] = {
         "peft_type": "VORA",
         "r": config.r,
