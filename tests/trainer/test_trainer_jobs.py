@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peftmux.trainer.cli import main
 from peftmux.trainer.errors import DataError
 from peftmux.trainer.jobs.file import JobsFile, read_jobs
 from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.run import data_files
 from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.tiny_models import copy_task, write_rows
 
@@ -337,3 +339,27 @@ def test_data_errors_keep_their_type(qwen2: Path, tmp_path: Path):
     empty.write_text("")
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         train("lora", model=qwen2, data=empty, out=tmp_path / "a", training={"max_steps": 1})
+
+
+def test_a_file_is_read_and_tokenised_once_for_all(
+    qwen2: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls: Counter[str] = Counter()
+
+    def counted(own: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[own.__name__] += 1
+            return own(*args, **kwargs)
+
+        return call
+
+    for name in ("read_rows", "encode_rows", "file_digest"):
+        monkeypatch.setattr(data_files, name, counted(getattr(data_files, name)))
+    held_out = write_rows(tmp_path / "eval.jsonl", copy_task(4, seed=1))
+    words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(held_out), "--max-steps", "1"]
+    words += ["--disable-tqdm", "true", "--over-long", "truncate"]
+    assert main([*words, "--max-length", "auto", "--sweep", "r=2,3,4", "--out", str(tmp_path / "a")]) == 0
+    assert calls == {"read_rows": 2, "encode_rows": 2, "file_digest": 2}
+    calls.clear()
+    assert main([*words, "--sweep", "max_length=5,6", "--out", str(tmp_path / "b")]) == 0
+    assert calls == {"read_rows": 2, "encode_rows": 4, "file_digest": 2}, "each length is another set of rows"

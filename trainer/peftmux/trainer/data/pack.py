@@ -69,9 +69,9 @@ class PackedCollator:
 
 
 @torch.no_grad()
-def check_packing(model: Any, features: Sequence[Mapping[str, Any]]) -> None:
-    """Two rows in one pack must have the logits that each has alone. Raises OptionError for a base that mixes them."""
-    rows = [torch.tensor(f["input_ids"][:64], device=model.device) for f in (features[0], features[-1])]
+def check_packing(model: Any, *ids: Sequence[int]) -> None:
+    """Rows in one pack must have the logits that each has alone. Raises OptionError for a base that mixes them."""
+    rows = [torch.tensor(row[:64], device=model.device) for row in ids]
     positions = torch.cat([torch.arange(len(row), device=model.device) for row in rows])
     training = model.training
     model.eval()

@@ -18,6 +18,7 @@ from peftmux.trainer.jobs.file import Changes, JobSpec, common_base
 from peftmux.trainer.jobs.job import Job
 from peftmux.trainer.jobs.together import Together
 from peftmux.trainer.run.base_model import load_base
+from peftmux.trainer.run.data_files import DataFiles
 from peftmux.trainer.run.loop import TrainResult, finish, prepare
 from peftmux.trainer.run.summary import trainable_parameters
 
@@ -44,8 +45,10 @@ class JobRun:
         model, tokenizer = load_base(common_base(self.specs))
         jobs: list[Job] = []
         try:
+            files = DataFiles()
             for spec in self.specs:
-                jobs.append(_start(spec, model, tokenizer))
+                jobs.append(_start(spec, model, tokenizer, files))
+            del files
             with _Progress() as progress:
                 together = self.together(model, tokenizer.pad_token_id or 0)
                 jobs[:] = [job for job in jobs if self._advance(job)]
@@ -90,10 +93,11 @@ class JobRun:
             job.close()
             job.adapter.detach()
             self._fail(job.name, f"taken out after {job.step} of {job.total_steps} steps: no adapter written")
+        files = DataFiles()
         for spec in changes.joined:
             try:
                 common_base([*self.specs, spec])
-                job = _start(spec, model, tokenizer)
+                job = _start(spec, model, tokenizer, files)
             except TrainerError as error:
                 self._fail(spec.name, str(error).removeprefix(f"jobs: {spec.name}: "))
             else:
@@ -101,13 +105,13 @@ class JobRun:
                     jobs.append(job)
 
 
-def _start(spec: JobSpec, model: Any, tokenizer: Any) -> Job:
+def _start(spec: JobSpec, model: Any, tokenizer: Any, files: DataFiles) -> Job:
     """Reading training arguments makes accelerate forget what is so until the job has its Trainer: of a job that is
     refused meanwhile the others get it back."""
     shared = AcceleratorState._shared_state
     before = dict(shared)
     try:
-        ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer))
+        ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer), files)
         job = Job(spec.name, ready)
     except (TrainerError, AdapterError) as error:
         shared.clear()

@@ -13,15 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from peftmux.trainer.data import (
-    Row,
-    encode_labelled,
-    encode_preferences,
-    encode_rows,
-    file_digest,
-    label_names,
-    read_rows,
-)
+from peftmux.trainer.data import Row, label_names
 from peftmux.trainer.data.lengths import Lengths
 from peftmux.trainer.errors import DataError, OptionError, TrainerError
 from peftmux.trainer.estimate import estimate_run
@@ -33,6 +25,7 @@ from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.task_head import HeadedAdapter, TaskHead
 from peftmux.trainer.run.base_model import load_base, longest_row
 from peftmux.trainer.run.checkpoints import check_same_run, resume_point
+from peftmux.trainer.run.data_files import DataFiles
 from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.run.prepared import Prepared, make_trainer
 from peftmux.trainer.run.summary import trainable_summary
@@ -95,35 +88,32 @@ def prepare(
     config: Any,
     training: Mapping[str, Any],
     base: Callable[[], tuple[Any, Any]],
+    files: DataFiles | None = None,
 ) -> Prepared:
-    """What can be refused cheaply is refused first. `base` gives the model and its tokenizer."""
+    """What can be refused cheaply is refused first. `base` gives the model and its tokenizer; `files` are those of all
+    runs that are made ready on it."""
     check_out(options)
+    files = files or DataFiles()
     places_tokens = method.places_tokens(config)
     if places_tokens and options.loss != NEXT_TOKEN:
         raise OptionError("loss", f"{options.loss} is not for {method.name}, whose tokens stand inside of the rows")
     args = training_arguments(options, training)
     if not options.dry_run:
         check_output_dir(args)
-    _check_resume(method, options, config, args)
-    task = options.task if options.loss == NEXT_TOKEN else options.loss
-    rows = read_rows(options.data, task)
-    eval_rows = read_rows(options.eval_data, task) if options.eval_data else None
+    _check_resume(method, options, config, args, files)
+    rows = files.rows(options.data, options)
+    eval_rows = files.rows(options.eval_data, options) if options.eval_data else []
     labels = label_names(rows, options.labels) if options.task != "generation" else ()
     model, tokenizer = base()
     rate = method.default_rate(config, model.config.get_text_config().hidden_size)
     if "learning_rate" not in training:
         args.learning_rate = rate if options.loss == NEXT_TOKEN else rate * PREFERENCE_RATE
-    reserved = _reserved(config, options.task, [*rows, *(eval_rows or ())])
+    reserved = _reserved(config, options.task, [*rows, *eval_rows])
     limit = longest_row(model, reserved)
     if limit < 2:
         raise OptionError("num-virtual-tokens", f"expected room for a row in the model's context, found {limit} tokens")
-    if options.max_length == "auto":
-        whole = _encode(options.data, rows, tokenizer, options, sys.maxsize, labels)
-        limit = min(limit, _proposed(whole, options, args))
-    elif options.max_length:
-        limit = min(limit, options.max_length)
-    data = _encode(options.data, rows, tokenizer, options, limit, labels)
-    eval_data = _encode(options.eval_data, eval_rows, tokenizer, options, limit, labels) if options.eval_data else None
+    limit, data = _limited(options, args, limit, lambda n: files.encoded(options.data, tokenizer, options, n, labels))
+    eval_data = files.encoded(options.eval_data, tokenizer, options, limit, labels) if options.eval_data else None
 
     def tokenize(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -134,7 +124,7 @@ def prepare(
         adapter = method.attach(model, config, context)
         if options.task != "generation":
             adapter = HeadedAdapter(adapter, TaskHead(model, options.task, labels, args.seed), model)
-    if not adapter.takes_images and any(row.images for row in [*rows, *(eval_rows or ())]):
+    if not adapter.takes_images and any(row.images for row in [*rows, *eval_rows]):
         raise OptionError("data", f"its rows have images, from which {method.name} cannot learn: train vora")
     if places_tokens:
         data = _placed(data, adapter, options.data)
@@ -175,31 +165,28 @@ def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
     return digest
 
 
-def _check_resume(method: Method, options: RunOptions, config: Any, args: TrainingArguments) -> None:
+def _check_resume(method: Method, options: RunOptions, config: Any, args: TrainingArguments, files: DataFiles) -> None:
     """Before anything is loaded; the Trainer compares the rest."""
     checkpoint = resume_point(options, args)
     if checkpoint is not None and Path(options.data).is_file():
-        run = {"options": dataclasses.asdict(config), "data": file_digest(options.data), "seed": args.seed}
+        run = {"options": dataclasses.asdict(config), "data": files.digest(options.data), "seed": args.seed}
         check_same_run(checkpoint, {"method": method.name, **run})
 
 
-def _encode(path: str, rows: Any, tokenizer: Any, options: RunOptions, limit: int, labels: Sequence[str]) -> DataFacts:
-    if labels:  # the last label stands after a row, so the row has one token less
-        encoded = encode_labelled(rows, tokenizer, path, labels, max_length=limit - 1, over_long=options.over_long)
-    else:
-        encode = encode_rows if options.loss == NEXT_TOKEN else encode_preferences
-        encoded = encode(
-            rows, tokenizer, path, max_length=limit, over_long=options.over_long, append_eos=options.append_eos
-        )
-    return DataFacts(Path(path).name, file_digest(path), encoded)
-
-
-def _proposed(data: DataFacts, options: RunOptions, args: TrainingArguments) -> int:
-    """The length that the data propose, where rows may be cut off or left out; it is said in any case."""
-    lengths = Lengths.of([len(feature["input_ids"]) for feature in data.encoded.features()])
+def _limited(
+    options: RunOptions, args: TrainingArguments, most: int, encode: Callable[[int], DataFacts]
+) -> tuple[int, DataFacts]:
+    """How long a row may be, of at most so many tokens, and the rows. `auto` is what the data propose, where rows may
+    be cut off or left out; it is said in any case."""
+    if options.max_length != "auto":
+        limit = min(most, options.max_length or most)
+        return limit, encode(limit)
+    whole = encode(sys.maxsize)
+    lengths = Lengths.of([len(feature["input_ids"]) for feature in whole.encoded.features()])
     if args.process_index == 0:
         print(lengths.text(), file=sys.stderr)
-    return sys.maxsize if options.over_long == "error" else lengths.proposed
+    limit = most if options.over_long == "error" else min(most, lengths.proposed)
+    return limit, whole if lengths.sorted[-1] <= limit else encode(limit)
 
 
 def _reserved(config: Any, task: str, rows: Sequence[Row]) -> int:

@@ -76,6 +76,8 @@ def make_trainer(
     run |= {"model": base_identity(ready.options.model), "world_size": args.world_size}
     run |= {name: getattr(ready.options, name) for name in _DECIDING_OURS}
     preference = _preference(ready.options)
+    if ready.options.packing:
+        _check_packing(ready)
     train = run_features(ready, data) if features is None else features
     evaluate = run_features(ready, ready.eval_data) if own and ready.eval_data else None
     try:
@@ -106,16 +108,18 @@ def _preference(options: RunOptions) -> Preference | None:
 
 def run_features(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
     """What the run's collator takes: rows, or packs of them."""
-    return _packed(ready, data) if ready.options.packing else data.encoded.features()
+    features = data.encoded.features()
+    if not ready.options.packing:
+        return features
+    return pack_features(features, ready.options.pack_length or max(_PACK, max(len(f["input_ids"]) for f in features)))
 
 
-def _packed(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
-    """Packs of the data's rows. Raises OptionError where packing is not exact."""
+def _check_packing(ready: Prepared) -> None:
+    """Raises OptionError where packing is not exact."""
     if ready.adapter.prefix or ready.adapter.virtual:
         raise OptionError("packing", f"{ready.method.name} puts something in front of each row: train without packing")
-    features = data.encoded.features()
-    check_packing(ready.model, features)
-    return pack_features(features, ready.options.pack_length or max(_PACK, max(len(f["input_ids"]) for f in features)))
+    examples = ready.data.encoded.examples
+    check_packing(ready.model, examples[0].input_ids, examples[-1].input_ids)
 
 
 def _collator(ready: Prepared) -> PaddingCollator | PackedCollator | PreferenceCollator:
