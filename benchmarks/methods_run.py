@@ -21,9 +21,11 @@ from transformers import TrainerCallback
 
 from benchmarks.methods_cases import BESIDE, TRAINING, Case, cases, held_out, task_number, told, write_rows
 from benchmarks.methods_change import change_of
+from peftmux.demo.score import exact
 from peftmux.runtime import Engine
 from peftmux.runtime.params import SamplingParams, StoppingParams
 from peftmux.trainer import train
+from peftmux.trainer.estimate.resident import resident
 from peftmux.trainer.run.loop import TrainResult
 
 ANSWER_TOKENS = 16
@@ -95,16 +97,11 @@ def _start_of_peak() -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    return resident() or 0
 
 
 def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") or 0
 
 
 def score(base: Path, case: Case, task: str, adapter: Path | None) -> float:
@@ -123,7 +120,7 @@ def score(base: Path, case: Case, task: str, adapter: Path | None) -> float:
             sampling, stopping = SamplingParams(temperature=0.0), StoppingParams(max_tokens=ANSWER_TOKENS)
             given: dict[str, Any] = {"adapter": name, "sampling": sampling, "stopping": stopping}
             said = [answer.text for answer in engine.generate(prompts, task=task_number(case, task), **given)]
-    return sum(answer == row.completion for answer, row in zip(said, rows, strict=True)) / len(rows)
+    return exact(said, rows)
 
 
 def write_record(base: Path, name: str, task: str, steps: int, out: Path) -> None:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from benchmarks.train_inputs import SIZES, make_inputs
 from benchmarks.train_jobs import compare_jobs
 from benchmarks.train_runs import LIBRARIES, Clock, Run
+from peftmux.trainer.estimate.resident import resident
 
 
 def work(spec: dict[str, Any]) -> dict[str, Any]:
@@ -61,10 +62,10 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         library(run_of(spec).short(), Clock())
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
-    idle = resident("VmRSS")
+    idle = resident() or 0
     Path("/proc/self/clear_refs").write_text("5")
     library(run_of(spec).short(), Clock())
-    return {"peak_bytes": resident("VmHWM") - idle}
+    return {"peak_bytes": (resident("VmHWM") or 0) - idle}
 
 
 def jobs(spec: dict[str, Any]) -> dict[str, Any]:
@@ -77,11 +78,6 @@ WORK = {"inputs": inputs, "speed": speed, "memory": memory, "jobs": jobs}
 
 def run_of(spec: dict[str, Any]) -> Run:
     return Run(Path(spec["folder"]), SIZES[spec["size"]], spec["method"], bool(spec.get("packing")))
-
-
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def machine() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
 from tests.trainer.tiny_models import build_model, random_ids, scramble
@@ -107,3 +108,20 @@ def test_the_head_is_given_one_block_while_an_adapter_is_attached():
     model(input_ids=ids, logits_to_keep=4)
     assert seen == [False, True, False]
     torch.testing.assert_close(attached, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pass_that_fails_leaves_the_model_as_it_was(training: bool):
+    model = build_model("qwen2").train(training)
+    host, before = Host.of(model), Host.of(model).spans
+
+    def passes() -> None:
+        with evaluating(model), host.rows({"a": 1}):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            assert host.spans == (("a", slice(0, 1)),)
+            model(input_ids=torch.tensor([[10**6]]))  # no such token
+
+    with pytest.raises(IndexError):
+        passes()
+    assert (model.training, torch.is_grad_enabled(), host.spans) == (training, True, before)

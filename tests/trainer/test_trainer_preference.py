@@ -19,6 +19,7 @@ from peftmux.trainer.data.rows import Row, read_rows
 from peftmux.trainer.jobs.file import read_jobs
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.preference import dpo, kto, log_probabilities
+from tests.trainer.method_runs import StopAt
 from tests.trainer.tiny_models import build_tokenizer, copy_task, write_rows
 
 QUICK: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 1e-2}
@@ -171,11 +172,6 @@ def test_rewards_are_of_the_rows_trained_on(loss: str, taught: Path, tmp_path: P
         )
     assert len(logged["a"]) == 6
     assert logged["a"] == logged["b"]
-
-
-class StopAt(TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])

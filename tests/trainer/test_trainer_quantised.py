@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from peftmux.adapters.checkpoint import load_checkpoint
 from peftmux.adapters.lower import load_adapter
@@ -22,16 +21,11 @@ from peftmux.trainer.methods.base import AttachContext
 from tests.engine.harness import ask_all, load, request, running
 from tests.parity.test_parity_served import table
 from tests.trainer.lowered import lowered_logits
-from tests.trainer.method_runs import check_learns
+from tests.trainer.method_runs import StopAt, check_learns
 from tests.trainer.tiny_models import random_ids
 
 VOCABULARY = 260
 QUICK = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "logging_steps": 3}
-
-
-class CutOff(TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
 
 
 def needs(quantization: str) -> None:
@@ -97,7 +91,7 @@ def test_a_run_learns_resumes_to_the_bit_and_loads(
     train(method, **run, out=tmp_path / "whole", training=often)
     saving = {**often, "save_strategy": "steps", "save_steps": 3}
     with pytest.raises(KeyboardInterrupt):
-        train(method, **run, out=tmp_path / "cut", training=saving, callbacks=[CutOff()])
+        train(method, **run, out=tmp_path / "cut", training=saving, callbacks=[StopAt()])
     train(method, **run, out=tmp_path / "cut", training=saving, resume=True)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert first.keys() == second.keys()

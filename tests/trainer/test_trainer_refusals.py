@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from peftmux.trainer import OptionError, TrainerError, train
 from peftmux.trainer.cli import main
 from peftmux.trainer.methods import METHODS
-from peftmux.trainer.settings.options import build_config
+from peftmux.trainer.settings.arguments import training_arguments
+from peftmux.trainer.settings.options import RunOptions, build_config
 from tests.trainer.method_runs import QUICK, assert_equal, tensors
 from tests.trainer.tiny_models import write_rows
 
@@ -118,6 +121,13 @@ def test_options_and_places_that_cannot_be_meant(options: dict[str, Any], messag
 def test_values_that_no_flag_would_take(method: str, name: str, value: Any, message: str):
     with pytest.raises(OptionError, match=f"^{name.replace('_', '-')}: {message}"):
         build_config(METHODS[method].config_class, {name: value})
+
+
+@pytest.mark.parametrize("strategy", ["no", SaveStrategy.NO])
+def test_where_nothing_is_saved_no_folder_is_named(strategy: str, tmp_path: Path):
+    options = RunOptions(model="m", data="d", out=str(tmp_path / "a"))
+    args = training_arguments(options, {"save_strategy": strategy})
+    assert args.output_dir == tempfile.gettempdir()
 
 
 def test_a_run_that_makes_no_step_writes_nothing(qwen2: Path, rows: Path, tmp_path: Path):

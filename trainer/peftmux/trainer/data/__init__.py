@@ -3,7 +3,7 @@
 from peftmux.trainer.data.collate import PaddingCollator
 from peftmux.trainer.data.encode import EncodedData, Example, encode_rows
 from peftmux.trainer.data.labelled import LabelledExample, Task, encode_labelled, label_names
-from peftmux.trainer.data.pack import PackedCollator, check_packing, pack_features
+from peftmux.trainer.data.pack import PackedCollator, pack_features
 from peftmux.trainer.data.preference import PreferenceCollator, encode_preferences
 from peftmux.trainer.data.rows import Row, file_digest, read_rows
 
@@ -16,7 +16,6 @@ __all__ = [
     "PreferenceCollator",
     "Row",
     "Task",
-    "check_packing",
     "encode_labelled",
     "encode_preferences",
     "encode_rows",

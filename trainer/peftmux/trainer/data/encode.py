@@ -103,7 +103,7 @@ def encode_rows(
     found = encode_each(rows, tokenizer, path, max_length=max_length, over_long=over_long, append_eos=append_eos)
     examples = [example for example in found if example is not None]
     if not examples:
-        raise DataError(path, None, f"expected rows of at most {max_length} tokens, found all {len(rows)} longer")
+        raise none_left(path, max_length, len(rows))
     truncated = sum(example.truncated for example in examples)
     return EncodedData(examples, rows[0].format, truncated, len(rows) - len(examples))
 
@@ -127,12 +127,8 @@ def encode_each(
     for row, own in zip(rows, pieces, strict=True):
         front = [] if row.format == "messages" else bos
         example = _assemble(row, own, [next(runs) for _ in own], front, eos if append_eos else None)
-        length = len(example.input_ids)
-        if length > max_length:
-            if over_long == "error":
-                message = f"expected at most {max_length} tokens, found {length} (--over-long truncate or drop goes on)"
-                raise DataError(path, row.line, message)
-            if over_long == "drop":
+        if len(example.input_ids) > max_length:
+            if is_dropped(len(example.input_ids), max_length, over_long, path, row.line):
                 found.append(None)
                 continue
             example = _truncated(example, max_length, path)
@@ -140,6 +136,19 @@ def encode_each(
             raise DataError(path, row.line, f"nothing to learn is left in its {len(example.input_ids)} tokens")
         found.append(example)
     return found
+
+
+def is_dropped(length: int, max_length: int, over_long: OverLong, path: str | Path, line: int) -> bool:
+    """Whether a row that is too long is left out, not cut off. Raises DataError where neither is wanted."""
+    if over_long == "error":
+        message = f"expected at most {max_length} tokens, found {length} (--over-long truncate or drop goes on)"
+        raise DataError(path, line, message)
+    return over_long == "drop"
+
+
+def none_left(path: str | Path, max_length: int, rows: int) -> DataError:
+    """For a file whose rows are all left out."""
+    return DataError(path, None, f"expected rows of at most {max_length} tokens, found all {rows} longer")
 
 
 def _pieces(row: Row, segments: Sequence[Segment], path: str | Path) -> list[list[Segment]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peftmux.trainer.data.encode import IGNORED, EncodedData, Example, OverLong
+from peftmux.trainer.data.encode import IGNORED, EncodedData, Example, OverLong, is_dropped, none_left
 from peftmux.trainer.data.rows import Row
 from peftmux.trainer.errors import DataError, OptionError
 
@@ -77,12 +77,7 @@ def encode_labelled(
         classes = [_index(label, index, path, row) for label in _labels(row)]
         ids, words = _tokens(row, tokenizer)
         if len(ids) > max_length:
-            if over_long == "error":
-                message = (
-                    f"expected at most {max_length} tokens, found {len(ids)} (--over-long truncate or drop goes on)"
-                )
-                raise DataError(path, row.line, message)
-            if over_long == "drop":
+            if is_dropped(len(ids), max_length, over_long, path, row.line):
                 dropped += 1
                 continue
             ids, words = ids[:max_length], words[:max_length]
@@ -96,7 +91,7 @@ def encode_labelled(
             raise DataError(path, row.line, "expected text with tokens to learn from, found none")
         examples.append(LabelledExample(ids, labels, task=row.task, line=row.line))
     if not examples:
-        raise DataError(path, None, f"expected rows of at most {max_length} tokens, found all {dropped} longer")
+        raise none_left(path, max_length, dropped)
     return EncodedData(examples, rows[0].format, truncated, dropped)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from peftmux.trainer.data.encode import IGNORED
-from peftmux.trainer.errors import OptionError
 
 
 def pack_features(features: Sequence[Mapping[str, Any]], length: int) -> list[dict[str, Any]]:
@@ -66,18 +65,3 @@ class PackedCollator:
             "position_ids": torch.from_numpy(positions),
             "use_cache": False,  # with a cache transformers does not look for packs
         }
-
-
-@torch.no_grad()
-def check_packing(model: Any, *ids: Sequence[int]) -> None:
-    """Rows in one pack must have the logits that each has alone. Raises OptionError for a base that mixes them."""
-    rows = [torch.tensor(row[:64], device=model.device) for row in ids]
-    positions = torch.cat([torch.arange(len(row), device=model.device) for row in rows])
-    training = model.training
-    model.eval()
-    together = model(input_ids=torch.cat(rows)[None], position_ids=positions[None], use_cache=False).logits[0].float()
-    alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
-    model.train(training)
-    apart = float((together - alone).abs().mean()) / max(float(alone.std()), 1e-6)
-    if not apart < (1e-4 if model.dtype == torch.float32 else 5e-2):
-        raise OptionError("packing", f"rows of one pack see each other in {type(model).__name__}: train without it")

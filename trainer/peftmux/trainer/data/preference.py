@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from peftmux.trainer.data.collate import PaddingCollator
-from peftmux.trainer.data.encode import EncodedData, Example, OverLong, encode_each
+from peftmux.trainer.data.encode import EncodedData, Example, OverLong, encode_each, none_left
 from peftmux.trainer.data.rows import Row
 from peftmux.trainer.errors import DataError
 
@@ -75,7 +75,7 @@ def encode_preferences(
         for i, other in zip(kept, encode(others, "truncate"), strict=True):
             second[i] = other
     if not kept:
-        raise DataError(path, None, f"expected rows of at most {max_length} tokens, found all {len(rows)} longer")
+        raise none_left(path, max_length, len(rows))
     examples = [example for i in kept for example in (first[i], second[i]) if example is not None]
     own = [first] if loss == "kto" else [first, second]
     truncated = sum(any(example is not None and example.truncated for example in (o[i] for o in own)) for i in kept)

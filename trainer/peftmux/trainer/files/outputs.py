@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from peftmux.adapters.aside import remove_leftovers
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import RunOptions
 
 
@@ -33,7 +34,7 @@ def check_out(options: RunOptions) -> None:
 
 def check_output_dir(args: TrainingArguments) -> None:
     """The folder of the checkpoints and logs, where there will be any. Raises OptionError."""
-    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no" or args.report_to:
+    if plain(args.save_strategy) != "no" or args.report_to:
         _check_writable("output-dir", Path(args.output_dir or "."))
 
 

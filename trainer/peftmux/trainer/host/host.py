@@ -136,14 +136,14 @@ class Host:
         for key, count in counts.items():
             spans.append((key, slice(start, start + count)))
             start += count
-        before, self.spans = self.spans, tuple(spans)
-        self._segments, self._draws = {}, dict(draws or {})
+        before = self.spans, self._segments, self._draws
+        self.spans, self._segments, self._draws = tuple(spans), {}, dict(draws or {})
         width = self.model.register_forward_pre_hook(self._see_width, with_kwargs=True)  # after `_before_forward`
         try:
             yield
         finally:
             width.remove()
-            self.spans = before
+            self.spans, self._segments, self._draws = before
 
     @contextmanager
     def only(self, key: str) -> Iterator[None]:

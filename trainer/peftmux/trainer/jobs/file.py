@@ -191,5 +191,8 @@ def common_base(specs: Sequence[JobSpec]) -> RunOptions:
         for field in ("model", "dtype", "quantization", "attn_implementation"):
             if getattr(spec.options, field) != getattr(first, field):
                 got = getattr(spec.options, field)
-                raise OptionError(field, f"expected {getattr(first, field)!r} for every job, {spec.name} has {got!r}")
+                raise OptionError(
+                    field.replace("_", "-"),
+                    f"expected {getattr(first, field)!r} for every job, {spec.name} has {got!r}",
+                )
     return first

@@ -15,6 +15,7 @@ from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import read_adapter
 from peftmux.adapters.methods.prefix import TENSOR, provisioned_shape, split_prefix
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.methods.base import AttachContext
 
 if TYPE_CHECKING:
@@ -69,14 +70,11 @@ def _up_to(count: int, examples: Sequence[Any]) -> list[int]:
     return ids[:count]
 
 
-@torch.no_grad()
 def _text_prefix(model: Any, ids: Sequence[int], shapes: Sequence[KVShape]) -> Tensor:
     """What the model itself caches for these tokens at positions 0..n-1 (keys after rotation), in PEFT's layout."""
-    was_training = model.training
-    model.eval()
     cache = DynamicCache()
-    model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
-    model.train(was_training)
+    with evaluating(model):
+        model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
     widest = provisioned_shape(shapes)
     stored = torch.zeros(len(ids), len(shapes) * 2 * widest.kv_heads * widest.key_dim, device=model.device)
     views = split_prefix(stored, shapes, widest)

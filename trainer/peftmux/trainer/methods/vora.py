@@ -23,6 +23,7 @@ from peftmux.kernels.vision import VisionPart, embed_patches
 from peftmux.trainer.data import Example
 from peftmux.trainer.data.images import ImageStore, RowImage, stacked
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.host.host import Change
 from peftmux.trainer.host.inputs import causal_only, whole_mask
 from peftmux.trainer.host.sites import ALL_LINEAR, path_of, select_sites, spelled_out
@@ -214,7 +215,6 @@ def _initial(fields: Mapping[str, Any], table: Tensor, generator: torch.Generato
     }
 
 
-@torch.no_grad()
 def _check_masks(model: Any) -> None:
     """Raises OptionError for a base that has no use for a mask that is complete already."""
     known = ("sdpa", "eager")
@@ -222,13 +222,13 @@ def _check_masks(model: Any) -> None:
     if used not in known:
         raise OptionError("attn-implementation", f"attention both ways needs {' or '.join(known)}, got {used}")
     ids = torch.arange(4, device=model.device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
-    training = model.training
-    model.eval()
-    plain = model(input_ids=ids, use_cache=False).logits
-    causal = model(input_ids=ids, attention_mask=whole_mask(model, causal_only(ids)), use_cache=False).logits
-    open_ = torch.ones_like(causal_only(ids))
-    both = model(input_ids=ids, attention_mask=whole_mask(model, open_), use_cache=False).logits
-    model.train(training)
+    order = causal_only(ids)
+    with evaluating(model):
+        plain = model(input_ids=ids, use_cache=False).logits
+        causal, both = (
+            model(input_ids=ids, attention_mask=whole_mask(model, seen), use_cache=False).logits
+            for seen in (order, torch.ones_like(order))
+        )
     size = float(plain.float().std())
     if not (plain - causal).abs().max() < 0.05 * size or not (plain - both)[:, 0].abs().max() > 0:
         raise OptionError("method", f"{type(model).__name__} takes no mask for attention both ways among image tokens")

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from peftmux.adapters.files import CHECKPOINT_FILE
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import RunOptions
 
 CHECKPOINT_TENSORS = CHECKPOINT_FILE
@@ -77,7 +78,7 @@ def check_length(checkpoint: Path, args: TrainingArguments, steps: int, method: 
     """steps: what the run that goes on has in all. Another number than before is exact only where no rate depends on
     it. Raises OptionError."""
     before = json.loads((checkpoint / CHECKPOINT_LAST).read_text())["max_steps"]
-    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    schedule = plain(args.lr_scheduler_type)
     constant = schedule in ("constant", "constant_with_warmup") and not 0 < args.warmup_steps < 1
     if steps != before and not (constant and method not in _BY_LENGTH):
         why = f"{method}'s steps depend" if constant else f"the schedule {schedule} depends"

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE, PreferenceCollator
+from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.host.host import Host
 from peftmux.trainer.run.preference import dpo, kto, log_probabilities
 
@@ -69,16 +70,13 @@ class Preference:
         self._seen = None
         return {"reward_margin": margin / rows, "reward_accuracy": right / rows}
 
-    @torch.no_grad()
     def add_references(self, trainer: Trainer, features: Sequence[dict[str, Any]]) -> None:
         """Put the base model's log-probabilities into each feature: the model's with all adapters aside."""
         model: Any = trainer.model
         collator = trainer.data_collator
         assert isinstance(collator, PreferenceCollator)
         size = trainer.args.per_device_eval_batch_size
-        training = model.training
-        model.eval()
-        with Host.of(model).aside(), trainer.compute_loss_context_manager():
+        with evaluating(model), Host.of(model).aside(), trainer.compute_loss_context_manager():
             starts = range(0, len(features), size)
             for start in tqdm(starts, "reference", unit="batch", disable=not sys.stderr.isatty()):
                 chunk = features[start : start + size]
@@ -90,4 +88,3 @@ class Preference:
                 sums = log_probabilities(model(**batch).logits, labels).view(-1, 2)
                 for feature, pair in zip(chunk, sums.tolist(), strict=True):
                     feature[REFERENCE] = pair
-        model.train(training)

@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from peftmux.trainer.data import PackedCollator, PaddingCollator, PreferenceCollator, check_packing, pack_features
+from peftmux.trainer.data import PackedCollator, PaddingCollator, PreferenceCollator, pack_features
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.card import DataFacts
+from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.methods import AttachedAdapter, Method
 from peftmux.trainer.methods.task_head import TaskHead
 from peftmux.trainer.run.base_identity import base_identity
 from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.run.objective import Preference
+from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import NEXT_TOKEN, RunOptions
 
 _PACK = 512
@@ -72,7 +75,7 @@ def make_trainer(
     own = features is None
     patience = ready.options.early_stopping_patience if own else None
     run = {"options": dataclasses.asdict(ready.config), "data": data.sha256, "seed": args.seed}
-    run |= {name: getattr(value := getattr(args, name), "value", value) for name in _DECIDING}
+    run |= {name: plain(getattr(args, name)) for name in _DECIDING}
     run |= {"model": base_identity(ready.options.model), "world_size": args.world_size}
     run |= {name: getattr(ready.options, name) for name in _DECIDING_OURS}
     preference = _preference(ready.options)
@@ -115,11 +118,18 @@ def run_features(ready: Prepared, data: DataFacts) -> list[dict[str, Any]]:
 
 
 def _check_packing(ready: Prepared) -> None:
-    """Raises OptionError where packing is not exact."""
+    """Two rows in one pack must have the logits that each has alone. Raises OptionError for a base that mixes them."""
     if ready.adapter.prefix or ready.adapter.virtual:
         raise OptionError("packing", f"{ready.method.name} puts something in front of each row: train without packing")
-    examples = ready.data.encoded.examples
-    check_packing(ready.model, examples[0].input_ids, examples[-1].input_ids)
+    model, examples = ready.model, ready.data.encoded.examples
+    rows = [torch.tensor(example.input_ids[:64], device=model.device) for example in (examples[0], examples[-1])]
+    positions = torch.cat([torch.arange(len(row), device=model.device) for row in rows])[None]
+    with evaluating(model):
+        together = model(input_ids=torch.cat(rows)[None], position_ids=positions, use_cache=False).logits[0].float()
+        alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows]).float()
+    apart = float((together - alone).abs().mean()) / max(float(alone.std()), 1e-6)
+    if not apart < (1e-4 if model.dtype == torch.float32 else 5e-2):
+        raise OptionError("packing", f"rows of one pack see each other in {type(model).__name__}: train without it")
 
 
 def _collator(ready: Prepared) -> PaddingCollator | PackedCollator | PreferenceCollator:

@@ -61,7 +61,7 @@ def check_arguments(args: TrainingArguments) -> None:
     """What only transformers' reading shows. Raises OptionError."""
     for kind in ("logging", "eval", "save"):
         steps = getattr(args, f"{kind}_steps")
-        if _value(getattr(args, f"{kind}_strategy")) == "steps" and not 0 < steps < math.inf:
+        if plain(getattr(args, f"{kind}_strategy")) == "steps" and not 0 < steps < math.inf:
             raise OptionError(f"{kind}-steps", f"expected more than 0, got {steps:g}")
     metric = args.metric_for_best_model
     if metric not in (None, "loss", "eval_loss"):
@@ -85,8 +85,8 @@ def _try_optimizer(args: TrainingArguments) -> None:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        raise OptionError("optim", f"{_value(args.optim)} cannot be had: {error}") from None
-    kind, chosen = _value(args.lr_scheduler_type), args.lr_scheduler_kwargs
+        raise OptionError("optim", f"{plain(args.optim)} cannot be had: {error}") from None
+    kind, chosen = plain(args.lr_scheduler_type), args.lr_scheduler_kwargs
     if chosen is not None and not isinstance(chosen, dict):
         raise OptionError("lr-scheduler-kwargs", f"expected a JSON object, got {chosen!r}")
     try:
@@ -117,19 +117,19 @@ def _check_length(given: Mapping[str, Any]) -> None:
 
 def _check_no_evaluation(given: Mapping[str, Any]) -> None:
     asked = {
-        "eval-strategy": _value(given.get("eval_strategy", "no")) != "no",
+        "eval-strategy": plain(given.get("eval_strategy", "no")) != "no",
         "eval-on-start": bool(given.get("eval_on_start")),
         "load-best-model-at-end": bool(given.get("load_best_model_at_end")),
-        "save-strategy": _value(given.get("save_strategy", "no")) == "best",
+        "save-strategy": plain(given.get("save_strategy", "no")) == "best",
     }
     for name, wanted in asked.items():
         if wanted:
             raise OptionError(name, "needs rows to evaluate on: give --eval-data")
 
 
-def _value(choice: Any) -> str:
-    """Of an enumeration's member, or of its name."""
-    return str(getattr(choice, "value", choice))
+def plain(choice: Any) -> Any:
+    """A member of one of transformers' enumerations as what is written for it; anything else as it is."""
+    return getattr(choice, "value", choice)
 
 
 def _flag(name: str) -> str:

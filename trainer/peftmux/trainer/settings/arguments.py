@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.settings.argument_checks import check_arguments, check_given
+from peftmux.trainer.settings.argument_checks import check_arguments, check_given, plain
 from peftmux.trainer.settings.options import RunOptions
 
 REPORTED = (
@@ -75,12 +75,12 @@ def check_launcher(environ: Mapping[str, str]) -> None:
 def reported_arguments(args: TrainingArguments, given: Mapping[str, Any]) -> dict[str, object]:
     """What a reader needs to train the same again."""
     names = dict.fromkeys([*REPORTED, *(name for name in given if hasattr(args, name) and name != "output_dir")])
-    return {name: getattr(value := getattr(args, name), "value", value) for name in names}
+    return {name: plain(getattr(args, name)) for name in names}
 
 
 def _output_dir(options: RunOptions, values: Mapping[str, Any]) -> str:
     """What the Trainer writes beside the adapter: checkpoints, and in `runs` what TensorBoard reads."""
-    if options.resume or str(values["save_strategy"]) != "no":
+    if options.resume or plain(values["save_strategy"]) != "no":
         return f"{options.out}.checkpoints"
     if values["report_to"] not in ("none", ["none"], []):
         return f"{options.out}.logs"
@@ -108,7 +108,7 @@ def _defaults(options: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:
         "use_cpu": not torch.accelerator.is_available(),  # mixed precision on a CPU has to be asked for
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    if str(getattr(given.get("save_strategy"), "value", given.get("save_strategy"))) == "best":
+    if plain(given.get("save_strategy")) == "best":
         values["metric_for_best_model"] = "eval_loss"
     if options.early_stopping_patience is not None:  # the best is kept as a checkpoint, so each evaluation saves one
         values |= {
