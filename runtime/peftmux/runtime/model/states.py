@@ -52,7 +52,7 @@ def read_out(states: Tensor, rows: Sequence[RowPlan], heads: HeadSite) -> dict[i
         spans.append((at, at + len(row.reads)))
         at += len(row.reads)
     values = _with_heads(states, read, spans, heads)
-    return {row.row: _plain(value) for row, value in zip(read, values, strict=True)}
+    return dict(zip([row.row for row in read], _plain(values), strict=True))
 
 
 def _with_heads(
@@ -75,6 +75,10 @@ def _with_heads(
     return [value for value in values if value is not None]
 
 
-def _plain(values: Tensor) -> tuple[State, ...]:
-    on_host = values.cpu()
-    return tuple(map(tuple, on_host.tolist())) if bool(on_host.isfinite().all()) else ()
+def _plain(values: Sequence[Tensor]) -> list[tuple[State, ...]]:
+    """Of float32 values of any widths, in one copy to the host."""
+    on_host = torch.cat([value.flatten() for value in values]).cpu().split([value.numel() for value in values])
+    return [
+        tuple(map(tuple, own.view(value.shape).tolist())) if bool(own.isfinite().all()) else ()
+        for own, value in zip(on_host, values, strict=True)
+    ]
