@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftmux.kernels.bottleneck.reference import Bottleneck, Fusion, apply_bottleneck, apply_fusion
 from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.placed import placed
 from peftmux.kernels.tree import mapped, tensors
 
 
@@ -42,14 +43,8 @@ class BranchSite:
 
     def prepare(self, part: Bottleneck | Fusion) -> PreparedBranch:
         """ValueError for values that are not finite in the base's dtype."""
-        placed = mapped(part, self._place)
-        return PreparedBranch(placed, sum(tensor.nbytes for tensor in tensors(placed)))
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        placed = tensor.to(self._device, self._dtype).contiguous()
-        if not placed.isfinite().all():
-            raise ValueError(f"expected finite values, got inf or nan in a bottleneck as {self._dtype}")
-        return placed
+        there = mapped(part, lambda tensor: placed(tensor, self._device, self._dtype, "a bottleneck"))
+        return PreparedBranch(there, sum(tensor.nbytes for tensor in tensors(there)))
 
     def put(self, slot: int, prepared: PreparedBranch) -> None:
         self._held[slot] = prepared.part

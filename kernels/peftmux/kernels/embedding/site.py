@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftmux.kernels.embedding.reference import EmbeddingPart, apply_embedding_part, scaled_part
 from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.placed import placed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,11 +37,16 @@ class EmbeddingSite:
         return not self._held
 
     def prepare(self, part: EmbeddingPart) -> PreparedEmbedding:
+        """ValueError for values that, with the factor in them, are not finite."""
         part = scaled_part(part, self._factor)
-        pieces = (part.a, part.b, part.out_scale, part.ids, part.rows)
-        a, b, out_scale, ids, rows = (None if t is None else t.to(self._device).contiguous() for t in pieces)
+        pieces = (part.a, part.b, part.out_scale, part.rows)
+        a, b, out_scale, rows = (None if t is None else self._place(t) for t in pieces)
+        ids = None if part.ids is None else part.ids.to(self._device, torch.int64).contiguous()
         size = sum(t.nbytes for t in (a, b, out_scale, ids, rows) if t is not None)
         return PreparedEmbedding(EmbeddingPart(a, b, part.scale, out_scale, ids, rows), size)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return placed(tensor, self._device, torch.float32, "an embedding's parameters")
 
     def put(self, slot: int, prepared: PreparedEmbedding) -> None:
         self._held[slot] = prepared.part

@@ -76,9 +76,6 @@ class TritonEmbeddingSite(EmbeddingSite):
         size = sum(t.nbytes for t in (a, b, out_scale, ids, rows) if t is not None)
         return PreparedEmbedding(EmbeddingPart(a, b, 1.0, out_scale, ids, rows), size)
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, torch.float32).contiguous()
-
     def put(self, slot: int, prepared: PreparedEmbedding) -> None:
         super().put(slot, prepared)
         self._table.put(slot, *record(prepared.part))

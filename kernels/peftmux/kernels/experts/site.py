@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftmux.kernels.experts.reference import ExpertsPart
+from peftmux.kernels.placed import placed
 
 
 class Group(NamedTuple):
@@ -55,9 +56,7 @@ class ExpertsSite:
         expected = (self.experts, part.rank, self.in_features), (self.experts, self.out_features, part.rank)
         if (tuple(part.a.shape), tuple(part.b.shape)) != expected:
             raise ValueError(f"expected a and b of shapes {expected}, got {tuple(part.a.shape)}, {tuple(part.b.shape)}")
-        a, b = (t.detach().to(self._device, self._dtype).contiguous() for t in (part.a, part.b))
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"expected finite values, got inf or nan in an expert's factors as {self._dtype}")
+        a, b = (placed(t, self._device, self._dtype, "an expert's factors") for t in (part.a, part.b))
         return PreparedExperts(ExpertsPart(a, b, part.scale))
 
     def put(self, slot: int, prepared: PreparedExperts) -> None:

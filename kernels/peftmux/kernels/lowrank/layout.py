@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftmux.kernels.lowrank.reference import LinearPart
+from peftmux.kernels.placed import checked
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -96,8 +97,8 @@ def prepare(
     )
     for name in ("a", "b", "rank_scale", "out_scale", "bias"):
         value = getattr(prepared, name)
-        if value is not None and not value.isfinite().all():
-            raise ValueError(f"expected finite values, got inf or nan in {name} as {dtype}")
+        if value is not None:
+            checked(value, name)
     return prepared
 
 

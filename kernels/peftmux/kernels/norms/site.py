@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftmux.kernels.lowrank import Segments
 from peftmux.kernels.norms.reference import NormPart, apply_norm_part
+from peftmux.kernels.placed import placed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,14 +40,12 @@ class NormSite:
         return not self._held
 
     def prepare(self, part: NormPart) -> PreparedNorm:
-        weight, bias = (None if t is None else self._place(t) for t in (part.weight, part.bias))
+        """ValueError for values that are not finite in the norm's dtype."""
+        weight, bias = (
+            None if t is None else placed(t, self._device, self._dtype, "a norm's parameters")
+            for t in (part.weight, part.bias)
+        )
         return PreparedNorm(NormPart(weight, bias), sum(t.nbytes for t in (weight, bias) if t is not None))
-
-    def _place(self, values: Tensor) -> Tensor:
-        placed = values.to(self._device, self._dtype).contiguous()
-        if not placed.isfinite().all():
-            raise ValueError(f"expected a norm's parameters to be finite as {self._dtype}")
-        return placed
 
     def put(self, slot: int, prepared: PreparedNorm) -> None:
         self._held[slot] = prepared.part

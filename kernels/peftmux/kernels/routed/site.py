@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.placed import placed
 from peftmux.kernels.routed.reference import RoutedPart
 
 Shares = Mapping[int, Tensor]
@@ -88,9 +89,7 @@ class RoutedSlice:
         expected = ((total, whole.in_features), (whole.width(self._index), total))
         if (tuple(part.a.shape), tuple(part.b.shape)) != expected:
             raise ValueError(f"expected a and b of shapes {expected}, got {tuple(part.a.shape)}, {tuple(part.b.shape)}")
-        a, b = (t.detach().to(whole.device, whole.dtype).contiguous() for t in (part.a, part.b))
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"expected finite values, got inf or nan in an expert's factors as {whole.dtype}")
+        a, b = (placed(t, whole.device, whole.dtype, "an expert's factors") for t in (part.a, part.b))
         counts = torch.tensor(part.ranks, device=whole.device)
         return PreparedRouted(RoutedPart(a, b, part.ranks, part.layer), counts)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.placed import placed
 from peftmux.kernels.rows.reference import ReplacedRows, apply_replaced_rows
 
 
@@ -35,9 +36,10 @@ class RowsSite:
         return not self._held
 
     def prepare(self, part: ReplacedRows) -> PreparedRows:
-        values = part.values.to(self._device, self._dtype).contiguous()
+        """ValueError for values that are not finite in the site's dtype."""
+        values = placed(part.values, self._device, self._dtype, "replaced rows")
         ids = None if part.ids is None else part.ids.to(self._device)
-        bias = None if part.bias is None else part.bias.to(self._device, self._dtype)
+        bias = None if part.bias is None else placed(part.bias, self._device, self._dtype, "the bias of replaced rows")
         size = sum(t.nbytes for t in (values, ids, bias) if t is not None)
         return PreparedRows(ReplacedRows(values, ids, bias), size)
 

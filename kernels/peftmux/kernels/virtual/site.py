@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftmux.kernels.placed import placed
 from peftmux.kernels.virtual.reference import VirtualRows, virtual_embeddings
 
 
@@ -35,9 +36,7 @@ class VirtualSite:
 
     def prepare(self, part: VirtualRows) -> PreparedVirtual:
         """ValueError for values that the dtype cannot hold."""
-        values = part.values.to(self.device, self._dtype).contiguous()
-        if not bool(values.isfinite().all()):
-            raise ValueError("expected finite virtual tokens, got infinity")
+        values = placed(part.values, self.device, self._dtype, "virtual tokens")
         return PreparedVirtual(VirtualRows(values), values.nbytes)
 
     def put(self, slot: int, prepared: PreparedVirtual) -> None:

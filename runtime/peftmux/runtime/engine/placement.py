@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftmux.adapters.compose import obstacle
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.images import ImageRule
 from peftmux.adapters.parts import IMAGES, KVPrefix, LoweredAdapter, TokenGroup, VisionPart
+from peftmux.kernels.placed import placed
 from peftmux.kernels.tree import mapped, tensors
 from peftmux.runtime.engine.virtual import Chunk, chunks
 from peftmux.runtime.errors import AdapterMemoryExhausted
@@ -135,16 +137,15 @@ def prepare(model: LoadedModel, lowered: LoweredAdapter, block_size: int) -> Pre
 def _prepare_prefix(model: LoadedModel, lowered: LoweredAdapter, upload: Upload) -> KVPrefix | None:
     """In the cache's dtype."""
     stored = lowered.parts.prefix
-    return None if stored is None else mapped(upload.move(stored), lambda t: t.to(model.device, model.dtype))
+    if stored is None:
+        return None
+    return mapped(upload.move(stored), lambda t: placed(t, model.device, model.dtype, "a prefix's keys and values"))
 
 
 def _prepare_virtual(model: LoadedModel, lowered: LoweredAdapter) -> Tensor | None:
     if lowered.parts.virtual is None:
         return None
-    embeddings = lowered.parts.virtual.embeddings.to(model.dtype)
-    if not bool(embeddings.isfinite().all()):
-        raise ValueError("expected finite virtual tokens, got infinity")
-    return embeddings
+    return placed(lowered.parts.virtual.embeddings, torch.device("cpu"), model.dtype, "virtual tokens")
 
 
 def _prepare_sites(model: LoadedModel, lowered: LoweredAdapter, upload: Upload) -> tuple[tuple[Site, Any], ...]:

@@ -20,6 +20,7 @@ from peftmux.adapters.experts import ExpertWeights
 from peftmux.kernels.agreement import agree, example
 from peftmux.kernels.experts import ExpertsSite, Group, RouterPart, routed_weight
 from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.placed import placed
 from peftmux.runtime.model.step import StepState
 
 _TOKENS = 7
@@ -105,9 +106,7 @@ class RouterSite:
     def prepare(self, part: RouterPart) -> PreparedRouter:
         weight = self._weight.float()
         on_device = RouterPart(part.a.to(weight.device), part.b.to(weight.device), part.scale)
-        changed = routed_weight(weight, on_device).to(self._weight.dtype)
-        if not changed.isfinite().all():
-            raise ValueError(f"expected finite values, got inf or nan in a router's weight as {changed.dtype}")
+        changed = placed(routed_weight(weight, on_device), weight.device, self._weight.dtype, "a router's weight")
         return PreparedRouter(_with_weight(self._module, changed), changed)
 
     def put(self, slot: int, prepared: PreparedRouter) -> None:

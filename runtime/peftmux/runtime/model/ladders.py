@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from peftmux.adapters.stream import decoders, stream_in, stream_out
 from peftmux.kernels.attention import AttentionPath, AttentionRows, choose_attention
 from peftmux.kernels.ladder import Ladder, climb, finish, rotation, start
+from peftmux.kernels.placed import placed
 from peftmux.kernels.tree import mapped, tensors
 from peftmux.runtime.errors import AdapterMemoryExhausted
 from peftmux.runtime.model.staging import to_device
@@ -122,19 +123,13 @@ class Ladders:
 
     def prepare(self, part: Ladder) -> PreparedLadder:
         """ValueError for values that are not finite in the base's dtype."""
-        placed = mapped(part, self._place)
+        there = mapped(part, lambda tensor: placed(tensor, self._device, self._dtype, "a ladder"))
         shape = (len(part.rungs), *self._blocks, part.kv_heads, part.head_dim)
         with self._making:
             cache = self._caches.get(shape)
             if cache is None:
                 cache = self._caches[shape] = SideCache(shape, self._dtype, self._device)
-        return PreparedLadder(placed, cache)
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        placed = tensor.to(self._device, self._dtype).contiguous()
-        if not placed.isfinite().all():
-            raise ValueError(f"expected finite values, got inf or nan in a ladder as {self._dtype}")
-        return placed
+        return PreparedLadder(there, cache)
 
     def put(self, slot: int, prepared: PreparedLadder) -> None:
         if not self._held:
