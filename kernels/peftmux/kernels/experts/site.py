@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from peftmux.kernels.experts.pairs import Group
 from peftmux.kernels.experts.reference import ExpertsPart
 from peftmux.kernels.placed import placed
-
-
-class Group(NamedTuple):
-    """Neighbouring pairs start .. end - 1 of one expert and one adapter slot."""
-
-    expert: int
-    slot: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

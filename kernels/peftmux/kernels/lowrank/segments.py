@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -25,6 +25,7 @@ class Segments:
     """How many threads torch gives the thread that built this."""
     buffer: TileBuffer | None = None
     """Where a CUDA graph reads the adapters of the step that it replays; None for a step that runs as it is built."""
+    _tokens: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(cls, slots: Sequence[int], lens: Sequence[int], device: torch.device | str = "cpu") -> Segments:
@@ -69,6 +70,19 @@ class Segments:
         for slot, start, end in self.runs:
             owner[start:end] = slot
         return owner.to(self.device)
+
+    def tokens_of(self, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The tokens of these adapters, and the slot of each: [t], [t] int64 on the device, in batch order."""
+        if slots not in self._tokens:
+            runs = [run for run in self.runs if run[0] in slots]
+            tokens = [token for _, start, end in runs for token in range(start, end)]
+            owners = [slot for slot, start, end in runs for _ in range(start, end)]
+            both = torch.tensor([tokens, owners], dtype=torch.int64)
+            if self.device.type == "cuda":
+                both = both.pin_memory()
+            of_batch, of_slot = both.to(self.device, non_blocking=True)
+            self._tokens[slots] = (of_batch, of_slot)
+        return self._tokens[slots]
 
     @cached_property
     def tiles(self) -> Tiles:

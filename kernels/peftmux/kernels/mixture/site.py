@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftmux.kernels.experts import ExpertsSite, Group
+from peftmux.kernels.experts import ExpertsSite, Pairs
 from peftmux.kernels.experts.site import PreparedExperts
 from peftmux.kernels.lowrank import Segments
 from peftmux.kernels.mixture.reference import MixturePart, route
@@ -94,42 +94,25 @@ class MixtureSite:
     def _mix_run(self, slot: int, x: Tensor, inner: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         prepared, sites = self._held[slot]
         shares, chosen = route(x, prepared.router, prepared.top_k)
-        order = chosen.flatten().argsort(stable=True)
-        token = order // prepared.top_k
-        groups = _groups(chosen.flatten()[order], slot)
-        pair_x = x[token]
-        own = [y[token] for y in inner]
+        pairs = Pairs.of(chosen, slot)
+        tokens, groups = pairs.tokens, pairs.groups
+        pair_x = x[tokens]
+        own = [y[tokens] for y in inner]
         for name, y in zip(self._shape.inner, own, strict=True):
             if name in sites:
                 sites[name].apply(y, pair_x, groups)
         h = self._activate(own)
-        weights = shares.flatten()[order].unsqueeze(1)
-        mixed = _by_token(h * weights, order, len(x)).to(x.dtype)
+        weights = shares.flatten()[pairs.order].unsqueeze(1)
+        mixed = pairs.by_token(h * weights).to(x.dtype)
         outer = sites.get(self._shape.outer)
         if outer is None:
             return mixed, None
         terms = h.new_zeros(len(h), outer.out_features)
         outer.apply(terms, h, groups)
-        return mixed, _by_token(terms * weights, order, len(x)).to(x.dtype)
+        return mixed, pairs.by_token(terms * weights).to(x.dtype)
 
     def _sites(self, experts: int) -> dict[str, ExpertsSite]:
         shapes = {**self._shape.inner, self._shape.outer: self._shape.outer_shape}
         return {
             name: ExpertsSite(experts, inside, out, self._dtype, self._device) for name, (inside, out) in shapes.items()
         }
-
-
-def _groups(experts: Tensor, slot: int) -> list[Group]:
-    """Of sorted experts, one for each that occurs."""
-    found, counts = experts.unique_consecutive(return_counts=True)
-    groups, start = [], 0
-    for expert, count in zip(found.tolist(), counts.tolist(), strict=True):
-        groups.append(Group(expert, slot, start, start + count))
-        start += count
-    return groups
-
-
-def _by_token(pairs: Tensor, order: Tensor, tokens: int) -> Tensor:
-    """[P, n] in sorted order -> [tokens, n], each the sum of its own pairs in a fixed order."""
-    in_order = torch.empty_like(pairs).index_copy_(0, order, pairs)
-    return in_order.view(tokens, -1, pairs.shape[1]).sum(1)

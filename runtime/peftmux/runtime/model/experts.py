@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch.nn.functional import linear
 
 from peftmux.adapters.experts import ExpertWeights
 from peftmux.kernels.agreement import agree, example
-from peftmux.kernels.experts import ExpertsSite, Group, RouterPart, routed_weight
-from peftmux.kernels.lowrank import Segments
+from peftmux.kernels.experts import ExpertsSite, Group, Pairs, RouterPart, routed_weight
 from peftmux.kernels.placed import placed
 from peftmux.runtime.model.step import StepState
 
@@ -54,28 +52,21 @@ class ExpertsForward:
 
     def _adapt(self, out: Tensor, x: Tensor, experts: Tensor, weights: Tensor) -> None:
         segments = self._step.inputs.segments
-        tokens, slots = tokens_of(segments, lambda slot: slot in self.up or slot in self.down)
-        if tokens.numel():
-            tokens, slots = tokens.to(x.device), slots.to(x.device)
+        adapted = tuple([slot for slot in segments.slots if slot in self.up or slot in self.down])
+        if adapted:
+            tokens, slots = segments.tokens_of(adapted)
             out[tokens] = self.compute(x[tokens], experts[tokens], weights[tokens], slots).to(out.dtype)
 
     def compute(self, x: Tensor, experts: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         """All of it for some tokens: x: [t, D], experts and weights: [t, k], slots: [t] -> [t, D]."""
-        count = experts.shape[1]
-        pairs = torch.stack((experts.flatten(), slots.repeat_interleave(count)), 1)  # [t * k, (expert, slot)]
-        distinct, of_pair, sizes = torch.unique(pairs, dim=0, return_inverse=True, return_counts=True)
-        order = of_pair.argsort(stable=True)
-        ends = [0, *sizes.cumsum(0).tolist()]
-        groups = [Group(e, s, *span) for (e, s), span in zip(distinct.tolist(), pairwise(ends), strict=True)]
-        pair_x = x[order // count]
+        pairs = Pairs.of(experts, slots)
+        groups, pair_x = pairs.groups, x[pairs.tokens]
         hidden = self._product(pair_x, groups, self._up_weight, self._up_bias)
         self.up.apply(hidden, pair_x, groups)
         hidden = self._module._apply_gate(hidden) if self._module.has_gate else self._module.act_fn(hidden)
         out = self._product(hidden, groups, self._down_weight, self._down_bias)
         self.down.apply(out, hidden, groups)
-        out = out * weights.flatten()[order].unsqueeze(1)
-        in_order = torch.empty_like(out).index_copy_(0, order, out)
-        return in_order.view(len(x), count, -1).sum(1)
+        return pairs.by_token(out * weights.flatten()[pairs.order].unsqueeze(1))
 
     def _product(self, x: Tensor, groups: list[Group], weight: Tensor, bias: Tensor | None) -> Tensor:
         """The experts' own linear layers. x: [P, in] in the groups' order -> [P, out]."""
@@ -149,14 +140,6 @@ class RouterForward:
                     for whole, changed in zip(_tensors(out), changed_rows, strict=True):
                         whole.view(-1, whole.shape[-1])[start:end] = changed.view(-1, whole.shape[-1])
         return out
-
-
-def tokens_of(segments: Segments, chosen: Callable[[int], bool]) -> tuple[Tensor, Tensor]:
-    """The tokens of the chosen slots, and the slot of each: [t], [t] int64 on the CPU."""
-    runs = [run for run in segments.runs if chosen(run[0])]
-    tokens = [t for _, start, end in runs for t in range(start, end)]
-    slots = [slot for slot, start, end in runs for _ in range(start, end)]
-    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64)
 
 
 @torch.inference_mode()
