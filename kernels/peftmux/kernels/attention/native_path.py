@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftmux.kernels.attention.cache import check_attention, check_store
 from peftmux.kernels.attention.rows import AttentionRows
 from peftmux.kernels.attention.torch_path import attend_rows
 from peftmux.kernels.native import Library, levels
@@ -41,15 +42,7 @@ class NativeAttention:
         """
         tokens, heads, key_dim = q.shape
         _, block, kv_heads, value_dim = v_cache.shape
-        if not q.dtype is k_cache.dtype is v_cache.dtype is self._dtype:
-            raise ValueError(f"expected {self._dtype}, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}")
-        if k_cache.shape != (*v_cache.shape[:3], key_dim) or heads % kv_heads or tokens < rows.num_tokens:
-            raise ValueError(
-                f"expected q [T >= {rows.num_tokens}, H, Dk] and caches [NB, BS, Hkv, D] with H a multiple of Hkv, "
-                f"got {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-            )
-        if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-            raise ValueError("expected contiguous caches")
+        check_attention(q, k_cache, v_cache, rows, self._dtype)
         if q.stride(2) != 1 or q.stride(1) != key_dim:
             q = q.contiguous()
         if sinks is not None:
@@ -89,15 +82,7 @@ class NativeAttention:
         """As `cache.write_kv`; slots must lie in the cache."""
         tokens, heads, key_dim = k.shape
         value_dim = v.shape[2]
-        if not k.dtype is v.dtype is k_cache.dtype is v_cache.dtype is self._dtype or slots.dtype is not torch.int64:
-            raise ValueError(f"expected {self._dtype} and int64 slots, got {k.dtype}, {v.dtype}, {k_cache.dtype}")
-        if k_cache.shape[2:] != k.shape[1:] or v_cache.shape[2:] != v.shape[1:] or slots.shape != (tokens,):
-            raise ValueError(
-                f"expected k, v and slots that fit caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, "
-                f"got {tuple(k.shape)}, {tuple(v.shape)} and {tuple(slots.shape)}"
-            )
-        if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-            raise ValueError("expected contiguous caches")
+        check_store(k, v, k_cache, v_cache, slots, self._dtype)
         if k.stride()[1:] != (key_dim, 1):
             k = k.contiguous()
         if v.stride()[1:] != (value_dim, 1):

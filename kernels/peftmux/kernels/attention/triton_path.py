@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftmux.kernels.attention.cache import check_attention, check_store
 from peftmux.kernels.attention.rows import AttentionRows
 from peftmux.kernels.attention.tiles import SHORT, WHOLE
 from peftmux.kernels.attention.triton_ops import launch_attention, launch_store, paged_attention, write_kv
@@ -43,7 +44,11 @@ class TritonAttention:
         Sums are float32; the weights are rounded to the cache's dtype before they meet the values. Keys and values
         are of at most WIDEST elements.
         """
-        self._check(q, k_cache, v_cache, rows)
+        check_attention(q, k_cache, v_cache, rows, self._dtype)
+        if max(q.shape[2], v_cache.shape[3]) > WIDEST:
+            raise ValueError(
+                f"expected keys and values of at most {WIDEST} elements, got {q.shape[2]} and {v_cache.shape[3]}"
+            )
         if q.stride(2) != 1:
             q = q.contiguous()
         if sinks is not None:
@@ -69,34 +74,10 @@ class TritonAttention:
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
         """As `cache.write_kv`; a token whose slot is negative is not stored. Slots must lie in the cache."""
-        if not k.dtype is v.dtype is k_cache.dtype is v_cache.dtype is self._dtype or slots.dtype is not torch.int64:
-            raise ValueError(f"expected {self._dtype} and int64 slots, got {k.dtype}, {v.dtype}, {k_cache.dtype}")
-        if k_cache.shape[2:] != k.shape[1:] or v_cache.shape[2:] != v.shape[1:] or slots.shape != k.shape[:1]:
-            raise ValueError(
-                f"expected k, v and slots that fit caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}, "
-                f"got {tuple(k.shape)}, {tuple(v.shape)} and {tuple(slots.shape)}"
-            )
-        if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-            raise ValueError("expected contiguous caches")
+        check_store(k, v, k_cache, v_cache, slots, self._dtype)
         k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (k, v))
         store = write_kv if torch.compiler.is_compiling() else launch_store
         store(k, v, k_cache, v_cache, slots)
-
-    def _check(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, rows: AttentionRows) -> None:
-        tokens, heads, key_dim = q.shape
-        if not q.dtype is k_cache.dtype is v_cache.dtype is self._dtype:
-            raise ValueError(f"expected {self._dtype}, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}")
-        if k_cache.shape != (*v_cache.shape[:3], key_dim) or heads % v_cache.shape[2] or tokens < rows.num_tokens:
-            raise ValueError(
-                f"expected q [T >= {rows.num_tokens}, H, Dk] and caches [NB, BS, Hkv, D] with H a multiple of Hkv, "
-                f"got {tuple(q.shape)}, {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
-            )
-        if max(key_dim, v_cache.shape[3]) > WIDEST:
-            raise ValueError(
-                f"expected keys and values of at most {WIDEST} elements, got {key_dim} and {v_cache.shape}"
-            )
-        if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-            raise ValueError("expected contiguous caches")
 
     def _enough(self, places: int) -> Tensor:
         """Zeros; grown ones are added, so that what a graph was captured with stays where it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftmux.kernels.elementwise.flat import flat_rows
 from peftmux.kernels.native import Library
 
 
@@ -23,7 +24,7 @@ class NativeElementwise:
         self._check(x, weight)
         if weight.shape != (width,):
             raise ValueError(f"expected weight of shape ({width},), got {tuple(weight.shape)}")
-        rows = _rows(x)
+        rows = flat_rows(x)
         out = torch.empty(x.shape, dtype=self._dtype)
         self._rms_norm(
             rows.data_ptr(),
@@ -41,7 +42,7 @@ class NativeElementwise:
         """As `reference.swiglu`."""
         self._check(gate_up)
         width = gate_up.shape[-1] // 2
-        rows = _rows(gate_up)
+        rows = flat_rows(gate_up)
         out = torch.empty((*gate_up.shape[:-1], width), dtype=self._dtype)
         self._swiglu(rows.data_ptr(), rows.stride(0), out.data_ptr(), rows.shape[0], width, torch.get_num_threads())
         return out
@@ -77,9 +78,3 @@ class NativeElementwise:
         for tensor in tensors:
             if tensor.dtype is not self._dtype:
                 raise ValueError(f"expected {self._dtype}, got {tensor.dtype}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x: [..., D] as [rows, D] of neighbouring elements; a view wherever there is one."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from peftmux.kernels.elementwise import triton_kernels as kernels
+from peftmux.kernels.elementwise.flat import flat_rows
 
 LARGEST_WIDTH = 65536
 _THREAD = 8
@@ -52,7 +53,7 @@ def add_rms_norm(x: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple
     if stream.shape != x.shape or stream.dtype is not x.dtype:
         raise ValueError(f"expected a stream {list(x.shape)} in {x.dtype}, got {list(stream.shape)} in {stream.dtype}")
     width = x.shape[-1]
-    first, second = _flat(x), _flat(stream)
+    first, second = flat_rows(x), flat_rows(stream)
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if len(first):
         block, warps = add_norm_tile(width)
@@ -170,7 +171,7 @@ def _warps(elements: int) -> int:
 
 
 def _swiglu(gate_up: Tensor, slots: Tensor, scales: Tensor, scaled: bool) -> Tensor:
-    rows = _flat(gate_up)
+    rows = flat_rows(gate_up)
     width = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if len(rows) and width:
@@ -191,19 +192,13 @@ def _swiglu(gate_up: Tensor, slots: Tensor, scales: Tensor, scaled: bool) -> Ten
     return out
 
 
-def _flat(x: Tensor) -> Tensor:
-    """x: [..., D] as [rows, D] of neighbouring elements; a view wherever there is one."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     """x: [..., D] -> (x, heads, a token's stride, a head's stride) of [tokens, heads, D]; a view where there is one."""
     outer = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     if x.stride(-1) == 1 and len(outer) <= 2:
         (_, token), (heads, head) = ([(1, 0), (1, 0), *outer] if len(outer) != 1 else [*outer, (1, 0)])[-2:]
         return x, heads, token, head
-    rows = _flat(x)
+    rows = flat_rows(x)
     return rows, 1, rows.stride(0), 0
 
 
