@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftmux.adapters.errors import Reason
+from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.files import MAX_CONFIG_BYTES
+from peftmux.adapters.lower import load_adapter
 from tests.adapters.damage import Damage, check_refused
 
 CONFIG, HEAD, FUSION = "adapter_config.json", "head_config.json", "fusion/adapter_fusion_config.json"
@@ -244,3 +246,16 @@ FOLDERS = {
 @pytest.mark.parametrize(("folder", "case"), [(folder, case) for folder, cases in FOLDERS.items() for case in cases])
 def test_refused(folder, case, fixtures, llama, tmp_path):
     check_refused(fixtures / "adapterhub/llama" / folder, tmp_path / "broken", llama, FOLDERS[folder][case])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("adapter.safetensors", b"[" * 100), ("head_config.json", b" " * (MAX_CONFIG_BYTES + 1))],
+    ids=["tensors", "config"],
+)
+def test_the_file_that_is_broken_is_named(file, content, fixtures, llama, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(fixtures / "adapterhub/llama/pfeiffer_with_head", broken)
+    (broken / file).write_bytes(content)
+    with pytest.raises(AdapterInvalid, match=rf"^{file}: "):
+        load_adapter(broken, llama)

@@ -12,7 +12,7 @@ import torch
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.files import AdapterFiles, read_adapter
-from peftmux.adapters.lower import load_adapter, lower
+from peftmux.adapters.lower import load_adapter, lower, plan_adapter
 from peftmux.adapters.torch_base import TorchBase
 from tests.adapters.damage import (
     Damage,
@@ -359,3 +359,15 @@ def test_fields_without_effect_are_accepted(field, fixtures, llama, tmp_path):
     shutil.copytree(fixtures / "peft/llama/lora", tmp_path / "adapter")
     edit_config(**field)(tmp_path / "adapter")
     assert load_adapter(tmp_path / "adapter", llama).applied_sites == 21
+
+
+def test_a_folder_is_planned_once(fixtures, llama, monkeypatch):
+    planned = []
+
+    def count(*arguments):
+        planned.append(arguments)
+        return plan_adapter(*arguments)
+
+    monkeypatch.setattr("peftmux.adapters.lower.plan_adapter", count)
+    load_adapter(fixtures / "peft/llama/lora", llama)
+    assert len(planned) == 1

@@ -90,7 +90,7 @@ NAMES = ["byte_level", "byte_fallback", "metaspace", "word_piece", "end_of_word"
 
 def stream(tokenizer, ids, stop=(), size=1):
     """(deltas, stopped) of ids handed over `size` at a time, the flush as the last delta."""
-    detokenizer, deltas = Detokenizer(tokenizer, (), stop), []
+    detokenizer, deltas = Detokenizer(tokenizer, stop), []
     for at in range(0, len(ids), size):
         text, stopped = detokenizer.push(ids[at : at + size])
         deltas.append(text)
@@ -154,7 +154,7 @@ def test_text_ends_before_the_first_stop_string(name, data):
 @given(text=st.text("ab", max_size=30), stop=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3))
 def test_overlapping_stop_strings(text, stop):
     tokenizer = tokenizer_of("byte_level")
-    detokenizer, out = Detokenizer(tokenizer, (), stop), ""
+    detokenizer, out = Detokenizer(tokenizer, stop), ""
     cut = first_match(text, stop)
     for i, id in enumerate(tokenizer.convert_tokens_to_ids(list(text))):
         delta, stopped = detokenizer.push([id])
@@ -171,7 +171,7 @@ def test_overlapping_stop_strings(text, stop):
 
 def test_only_a_possible_match_is_held_back():
     tokenizer = tokenizer_of("byte_level")
-    detokenizer = Detokenizer(tokenizer, (), ("stop",))
+    detokenizer = Detokenizer(tokenizer, ("stop",))
     pushed = [detokenizer.push([id]) for id in tokenizer.convert_tokens_to_ids([*"astostxstop"])]
     assert [text for text, _ in pushed] == ["a", "", "", "", "sto", "", "stx", "", "", "", ""]
     assert [stopped for _, stopped in pushed] == [False] * 10 + [True]
@@ -181,7 +181,7 @@ def test_only_a_possible_match_is_held_back():
 
 def test_a_held_beginning_is_flushed_at_the_end():
     tokenizer = tokenizer_of("byte_level")
-    detokenizer = Detokenizer(tokenizer, (), ("stop",))
+    detokenizer = Detokenizer(tokenizer, ("stop",))
     assert detokenizer.push(tokenizer.convert_tokens_to_ids([*"ast"])) == ("a", False)
     assert detokenizer.finish() == "st"
 
@@ -215,9 +215,8 @@ def test_special_tokens_have_no_text_and_do_not_disturb_spaces():
 
 def test_the_prompt_is_no_part_of_the_text():
     tokenizer = tokenizer_of("byte_fallback")
-    prompt, ids = (tokenizer.convert_tokens_to_ids([piece]) for piece in ("▁Hello", "▁world"))
-    detokenizer = Detokenizer(tokenizer, prompt, ("Hello",))
-    assert detokenizer.push(ids) == ("world", False)
+    ids = tokenizer.convert_tokens_to_ids(["▁world"])
+    assert Detokenizer(tokenizer, ("Hello",)).push(ids) == ("world", False)
 
 
 def test_a_stop_string_may_appear_in_the_flush():
@@ -241,14 +240,14 @@ def test_the_cost_of_a_token_does_not_grow(monkeypatch):
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="at least one character"):
-        Detokenizer(tokenizer_of("byte_level"), (), ("a", ""))
+        Detokenizer(tokenizer_of("byte_level"), ("a", ""))
 
 
 def test_the_first_tokens_cannot_stop():
     tokenizer = tokenizer_of("byte_level")
     ids = tokenizer.encode("ab ab ab ab", add_special_tokens=False)
-    free = Detokenizer(tokenizer, (), ("b",), min_tokens=len(ids) - 1)
+    free = Detokenizer(tokenizer, ("b",), min_tokens=len(ids) - 1)
     pieces = [free.push([token]) for token in ids]
     assert [stopped for _, stopped in pieces] == [False] * (len(ids) - 1) + [True]
     assert "".join(text for text, _ in pieces) == "ab ab ab a"
-    assert Detokenizer(tokenizer, (), ("b",)).push(ids) == ("a", True)
+    assert Detokenizer(tokenizer, ("b",)).push(ids) == ("a", True)

@@ -83,7 +83,8 @@ class Serving:
         raise AssertionError(f"rows are left after {steps} steps")
 
     def abort(self, id: int) -> None:
-        assert self.scheduler.abort(id)
+        assert id in self.scheduler._rows
+        self.scheduler.abort(id)
         self.finished.add(id)
         self.aborted.add(id)
 

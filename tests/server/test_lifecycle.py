@@ -64,11 +64,11 @@ async def test_health_follows_the_engine(served: Served):
     watch.cancel()
 
 
-async def test_an_engine_whose_state_cannot_be_read_is_not_serving(served: Served):
-    def fail():
+async def test_an_engine_whose_state_cannot_be_read_is_not_serving(served: Served, monkeypatch):
+    def fail(engine: FakeEngine) -> bool:
         raise RuntimeError("gone")
 
-    served.engine.stats = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(FakeEngine, "healthy", property(fail), raising=False)
     await asyncio.sleep(0.8)
     assert await health(served) == NOT_SERVING
 

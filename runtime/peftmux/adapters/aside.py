@@ -15,7 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from peftmux.adapters.errors import AdapterInvalid, Reason
+
 _TRIES = 10
+
+
+def check_new(folder: Path) -> None:
+    """AdapterInvalid unless `folder` is not there, or is one and empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {folder}")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.base import ResidualBranch
+from peftmux.adapters.probing import evaluating
 
 _TOKENS = 5
 
@@ -25,17 +26,13 @@ def residual_branches(model: nn.Module) -> dict[str, ResidualBranch]:
         return {}
     calls = _Calls({f"{path}.{name}": child for path, layer in layers for name, child in layer.named_children()})
     streams = _Calls(dict(layers))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        device = next(model.parameters()).device
-        ids = torch.arange(_TOKENS, device=device).unsqueeze(0)
-        model(input_ids=ids, use_cache=False)
+        ids = torch.arange(_TOKENS, device=next(model.parameters()).device).unsqueeze(0)
+        with evaluating(model):
+            model(input_ids=ids, use_cache=False)
     finally:
         calls.remove()
         streams.remove()
-        for module in training:
-            module.training = True
     found: dict[str, ResidualBranch] = {}
     for index, (path, layer) in enumerate(layers):
         own = [f"{path}.{name}" for name, _ in layer.named_children()]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftmux.adapters.aside import check_new
 from peftmux.adapters.convert_hub import ADAPTER as HUB_PICKLE
 from peftmux.adapters.convert_hub import gather_hub
 from peftmux.adapters.convert_xlora import gather_xlora
@@ -30,23 +31,18 @@ def convert_adapter(source: str | Path, destination: str | Path) -> str:
     if not source.is_dir():
         raise SourceNotFound(f"no adapter folder {str(source)!r}")
     if (source / HUB_PICKLE).is_file():
-        _check_new(destination)
+        check_new(destination)
         write_files(destination, gather_hub(source, _tensors))
         return read_adapter(destination).digest
     xlora = _is_xlora(source)
     for name in (CONFIG_FILE, *(() if xlora else (PICKLE_FILE,))):
         if not (source / name).is_file():
             raise AdapterInvalid(Reason.MISSING_FILE, f"expected {CONFIG_FILE} and {PICKLE_FILE}, found no {name}")
-    _check_new(destination)
+    check_new(destination)
     config = parse_config((source / CONFIG_FILE).read_bytes())
     if xlora:
         return write_adapter(destination, *gather_xlora(source, config))
     return write_adapter(destination, config, _tensors(source / PICKLE_FILE))
-
-
-def _check_new(destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {destination}")
 
 
 def _is_xlora(folder: Path) -> bool:

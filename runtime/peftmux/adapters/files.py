@@ -102,7 +102,7 @@ class FolderReader:
 
     def config(self, name: str) -> tuple[OpenFile, dict[str, Any]]:
         file = _open(self._stack, self._folder, name, self._inside)
-        return file, parse_config(_read_all(file), name)
+        return file, parse_config(_read_all(file, name), name)
 
     def member(self, prefix: str, config_file: OpenFile, tensor_name: str) -> _Member:
         tensor_file = _open(self._stack, self._folder, tensor_name, self._inside)
@@ -111,7 +111,7 @@ class FolderReader:
             raise AdapterInvalid(
                 Reason.TOO_LARGE, f"{tensor_name}: expected at most {self._max_bytes} bytes, got {size}"
             )
-        return _Member(prefix, read_index(tensor_file.fd, size), config_file, tensor_file)
+        return _Member(prefix, read_index(tensor_file.fd, size, tensor_name), config_file, tensor_file)
 
 
 def read_adapter(folder: str | Path, *, root: str | Path | None = None) -> AdapterFiles:
@@ -203,10 +203,10 @@ def _refuse_missing(folder: Path, name: str) -> NoReturn:
     raise AdapterInvalid(Reason.MISSING_FILE, f"expected {name}, got {', '.join(names[:8]) or 'an empty folder'}")
 
 
-def _read_all(file: OpenFile) -> bytes:
+def _read_all(file: OpenFile, name: str) -> bytes:
     if file.signature[2] > MAX_CONFIG_BYTES:
         raise AdapterInvalid(
-            Reason.TOO_LARGE, f"{CONFIG_FILE}: expected at most {MAX_CONFIG_BYTES} bytes, got {file.signature[2]}"
+            Reason.TOO_LARGE, f"{name}: expected at most {MAX_CONFIG_BYTES} bytes, got {file.signature[2]}"
         )
     return os.pread(file.fd, MAX_CONFIG_BYTES, 0)
 

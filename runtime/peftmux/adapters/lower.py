@@ -29,14 +29,19 @@ def load_adapter(
     Raises AdapterInvalid with a Reason, SourceNotFound, SourceForbidden.
     """
     with open_adapter(path, root=root, max_bytes=max_bytes) as adapter:
-        plan_adapter(adapter.config, {name: info.shape for name, info in adapter.tensors.items()}, base)
+        plan = plan_adapter(adapter.config, {name: info.shape for name, info in adapter.tensors.items()}, base)
         files = adapter.read()
-    return lower(files, base)
+    return _lower(files, plan)
 
 
 def lower(files: AdapterFiles, base: BaseModel) -> LoweredAdapter:
     """The parts of an adapter on `base`. Every tensor is used exactly once. Raises AdapterInvalid with a Reason."""
-    plan = plan_adapter(files.config, {name: tuple(t.shape) for name, t in files.tensors.items()}, base)
+    shapes = {name: tuple(t.shape) for name, t in files.tensors.items()}
+    return _lower(files, plan_adapter(files.config, shapes, base))
+
+
+def _lower(files: AdapterFiles, plan: Plan) -> LoweredAdapter:
+    """As planned for these files' config and shapes."""
     parts = plan.build({name: _finite(f"tensor {name}", tensor) for name, tensor in files.tensors.items()})
     for place, part in parts.placed():
         _check_derived(place, part)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
-from peftmux.adapters.aside import folder_aside
+from peftmux.adapters.aside import check_new, folder_aside
 from peftmux.adapters.checkpoint import load_checkpoint
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.lower import load_adapter
@@ -26,8 +26,7 @@ def merge_checkpoint(source: str | Path, model: str, out: str | Path, dtype: str
     where the base has one. Raises AdapterInvalid, SourceNotFound, and what `load_checkpoint` raises.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterInvalid(Reason.INVALID_FIELD, f"expected a new or empty folder to write to, got {out}")
+    check_new(out)
     module = load_checkpoint(model, dtype=dtype)
     if getattr(module.config, "quantization_config", None) is not None:
         raise AdapterInvalid(Reason.NOT_MERGEABLE, f"expected a base with plain weights, {model} is quantised")

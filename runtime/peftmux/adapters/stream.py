@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftmux.adapters.branches import decoder_layers
+from peftmux.adapters.probing import evaluating
 
 _TOKENS = 5
 
@@ -28,16 +29,13 @@ def stream_layers(model: nn.Module) -> tuple[str, ...]:
         given.append(stream_out(output))
 
     handles = [layer.register_forward_hook(note, with_kwargs=True) for _, layer in layers]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
         device = next(model.parameters()).device
-        model(input_ids=torch.arange(_TOKENS, device=device).unsqueeze(0), use_cache=False)
+        with evaluating(model):
+            model(input_ids=torch.arange(_TOKENS, device=device).unsqueeze(0), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
     width = model.config.get_text_config(decoder=True).hidden_size  # type: ignore[operator, union-attr]
     shaped = all(t is not None and t.shape == (1, _TOKENS, width) for t in (*taken, *given))
     chained = all(a is b for a, b in zip(given, taken[1:], strict=False))

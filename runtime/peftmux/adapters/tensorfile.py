@@ -51,44 +51,54 @@ class TensorIndex:
     data_start: int
 
 
-def read_index(fd: int, file_bytes: int) -> TensorIndex:
-    """Read and check the header of an open file of `file_bytes` bytes. Raises AdapterInvalid."""
+class _Malformed(Exception):
+    """Says what is wrong, not with which file."""
+
+
+def read_index(fd: int, file_bytes: int, file: str) -> TensorIndex:
+    """Read and check the header of the open file `file` of `file_bytes` bytes. Raises AdapterInvalid."""
+    try:
+        return _read_index(fd, file_bytes, file)
+    except _Malformed as error:
+        raise AdapterInvalid(Reason.MALFORMED_TENSORS, f"{file}: {error}") from None
+
+
+def _read_index(fd: int, file_bytes: int, file: str) -> TensorIndex:
     if file_bytes < 8:
-        raise _malformed(f"expected at least 8 bytes, got {file_bytes}")
+        raise _Malformed(f"expected at least 8 bytes, got {file_bytes}")
     start = _pread(fd, 8, 0)
     length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES and start.startswith(_PICKLE_STARTS):
         raise AdapterInvalid(
             Reason.PICKLE,
-            "adapter_model.safetensors: expected safetensors, got a pickle: convert the folder offline with "
-            "`peftmux adapters convert`",
+            f"{file}: expected safetensors, got a pickle: convert the folder offline with `peftmux adapters convert`",
         )
     if length > file_bytes - 8:
-        raise _malformed(f"the header claims {length} bytes, but only {file_bytes - 8} follow")
+        raise _Malformed(f"the header claims {length} bytes, but only {file_bytes - 8} follow")
     if length > MAX_HEADER_BYTES:
-        raise _malformed(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got {length}")
-    return TensorIndex(parse_header(_pread(fd, length, 8), file_bytes - 8 - length), 8 + length)
+        raise _Malformed(f"expected a header of at most {MAX_HEADER_BYTES} bytes, got {length}")
+    return TensorIndex(_parse_header(_pread(fd, length, 8), file_bytes - 8 - length), 8 + length)
 
 
-def parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorInfo]:
+def _parse_header(raw: bytes, data_bytes: int) -> dict[str, TensorInfo]:
     """The tensors that the JSON header names; they must cover exactly `data_bytes` bytes."""
     if count_containers(raw) > 3 * MAX_TENSORS:
-        raise _malformed(f"expected at most {MAX_TENSORS} tensors, with three brackets each")
+        raise _Malformed(f"expected at most {MAX_TENSORS} tensors, with three brackets each")
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _malformed(f"the header is not valid JSON ({error})") from None
+        raise _Malformed(f"the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
-        raise _malformed(f"expected the header to be an object, got {type(header).__name__}")
+        raise _Malformed(f"expected the header to be an object, got {type(header).__name__}")
     header.pop("__metadata__", None)
     infos = {name: _info(name, entry) for name, entry in header.items()}
     position = 0
     for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
-            raise _malformed(f"tensor {name!r} should begin at byte {position} of the data, but begins at {info.begin}")
+            raise _Malformed(f"tensor {name!r} should begin at byte {position} of the data, but begins at {info.begin}")
         position = info.end
     if position != data_bytes:
-        raise _malformed(f"the header describes {position} bytes of data, the file has {data_bytes}")
+        raise _Malformed(f"the header describes {position} bytes of data, the file has {data_bytes}")
     return infos
 
 
@@ -123,9 +133,9 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 def _info(name: str, entry: Any) -> TensorInfo:
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
-        raise _malformed(f"expected printable tensor names of 1 to {MAX_NAME} characters, got {name[:40]!r}")
+        raise _Malformed(f"expected printable tensor names of 1 to {MAX_NAME} characters, got {name[:40]!r}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _malformed(f"tensor {name!r}: expected exactly dtype, shape and data_offsets")
+        raise _Malformed(f"tensor {name!r}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = _INDICES if name.endswith("_indices") else _DTYPES
     if not isinstance(dtype, str) or dtype not in known:
@@ -133,12 +143,12 @@ def _info(name: str, entry: Any) -> TensorInfo:
             Reason.UNSUPPORTED_DTYPE, f"tensor {name!r}: expected dtype {', '.join(known)}, got {dtype!r:.40}"
         )
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _malformed(f"tensor {name!r}: expected a shape of at most {MAX_DIMENSIONS} natural numbers")
+        raise _Malformed(f"tensor {name!r}: expected a shape of at most {MAX_DIMENSIONS} natural numbers")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise _malformed(f"tensor {name!r}: expected two data offsets")
+        raise _Malformed(f"tensor {name!r}: expected two data offsets")
     expected, span = prod(shape) * known[dtype].itemsize, offsets[1] - offsets[0]
     if span != expected:
-        raise _malformed(f"tensor {name!r}: its shape and dtype need {expected} bytes, its offsets span {span}")
+        raise _Malformed(f"tensor {name!r}: its shape and dtype need {expected} bytes, its offsets span {span}")
     return TensorInfo(known[dtype], tuple(shape), offsets[0], offsets[1])
 
 
@@ -156,9 +166,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _pread(fd: int, size: int, offset: int) -> bytes:
     data = os.pread(fd, size, offset)
     if len(data) != size:
-        raise _malformed(f"expected {size} bytes at {offset}, got {len(data)}")
+        raise _Malformed(f"expected {size} bytes at {offset}, got {len(data)}")
     return data
-
-
-def _malformed(message: str) -> AdapterInvalid:
-    return AdapterInvalid(Reason.MALFORMED_TENSORS, f"adapter_model.safetensors: {message}")

@@ -1,4 +1,4 @@
-"""A plain transformers causal LM as lowering sees it: for the trainer, for tests and for `peftmux adapters inspect`."""
+"""A plain transformers causal LM as lowering sees it: for the trainer, for merging and for tests."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from peftmux.adapters.branches import residual_branches
 from peftmux.adapters.experts import parameter_names, parameter_sites
 from peftmux.adapters.feed_forward import feed_forward
 from peftmux.adapters.norms import norm_layers, norm_site
+from peftmux.adapters.probing import evaluating
 from peftmux.adapters.quantised import dequantised, is_quantised
 from peftmux.adapters.stream import stream_layers
 from peftmux.adapters.tables import table_scale
 
 
 class TorchBase:
-    """Implements `BaseModel`. The module stays the caller's; its weights are read, never changed."""
+    """Implements `BaseModel`. The module stays the caller's; its weights are read, and changed by `merge` alone."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -158,14 +159,9 @@ def _site(name: str, module: nn.Module) -> LinearSite | None:
 def _probe_cache(module: Any) -> tuple[KVShape, ...]:
     """One token through the model in eval mode (checkpointing in training would switch the cache off)."""
     cache = DynamicCache(config=module.config)
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        device = next(module.parameters()).device
-        module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
-    finally:
-        for m in training:
-            m.training = True
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
+    with evaluating(module):
+        module(input_ids=ids, past_key_values=cache, use_cache=True)
     layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     filled = [(layer.keys, layer.values) for layer in layers]
     return tuple(KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in filled)

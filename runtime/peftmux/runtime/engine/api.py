@@ -191,6 +191,11 @@ class AsyncEngine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
+    @property
+    def healthy(self) -> bool:
+        """Alive, and not stuck in a step: what `stats` says too, and costs nothing."""
+        ...
+
     def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """Yield deltas until the last, which has a finish_reason.
 

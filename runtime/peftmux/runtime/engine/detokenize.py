@@ -23,14 +23,13 @@ _LONGEST_HOLD = 8
 class Detokenizer:
     """The text of one request. Not thread-safe.
 
-    `prompt_ids` lend no context: the text equals `decode` of the generated ids, which is what a client can check.
+    The prompt lends no context: the text equals `decode` of the generated ids, which is what a client can check.
     Stop strings are looked for behind the first `min_tokens` tokens.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
         min_tokens: int = 0,
     ) -> None:

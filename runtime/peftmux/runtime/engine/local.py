@@ -74,6 +74,10 @@ class LocalEngine:
     def info(self) -> ModelInfo:
         return self._info
 
+    @property
+    def healthy(self) -> bool:
+        return self._thread.healthy
+
     def encode(self, text: str) -> tuple[int, ...]:
         return self._text.encode(text)
 
@@ -228,7 +232,7 @@ class LocalEngine:
             adapters=self.list_adapters(),
             running_by_adapter=scheduler.running_by_key(),
             waiting_by_adapter=scheduler.waiting_by_key(),
-            healthy=self._thread.healthy,
+            healthy=self.healthy,
         )
 
     async def drain(self, grace_seconds: float) -> None:
@@ -275,7 +279,7 @@ class LocalEngine:
             return ActiveRequest(
                 next(self._ids), request, tokens, revision, NoText(), frozenset(), 1, mailbox.put, reads, weight=weight
             )
-        stream = self._text.stream(request.prompt, request.stopping)
+        stream = self._text.stream(request.stopping)
         spans: tuple[ImageSpan, ...] = ()
         check_images(request, placed)
         if placed.images is not None and request.images:

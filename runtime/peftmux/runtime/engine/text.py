@@ -54,13 +54,13 @@ class Text:
             pieces = self._need("input").convert_ids_to_tokens(list(ids))
         return tuple("" if p is None else str(p) for p in pieces)
 
-    def stream(self, prompt: Sequence[int], stopping: StoppingParams) -> TextStream:
+    def stream(self, stopping: StoppingParams) -> TextStream:
         """A detokeniser for one request."""
         if self._tokenizer is None:
             if stopping.stop:
                 raise InvalidRequest("stopping.stop", "expected none: this model has no tokenizer")
             return NoText()
-        return Detokenizer(self._tokenizer, prompt, stopping.stop, stopping.min_tokens)
+        return Detokenizer(self._tokenizer, stopping.stop, stopping.min_tokens)
 
     def _need(self, field: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:

@@ -121,7 +121,7 @@ class RowResult:
     def answers(self, plan: RowPlan) -> bool:
         """False: something that the plan asked for is missing, because the row's values were not finite.
 
-        Such a row has not moved in the scheduler; the engine ends it.
+        The scheduler takes such a row no further; the engine ends it.
         """
         missing = plan.samples and self.token is None
         if plan.readout is not None:

@@ -140,12 +140,10 @@ class Scheduler:
             held.users -= 1
             self._release_if_unused(held)
 
-    def abort(self, row_id: int) -> bool:
-        """As `finish`; False for a row that is not there (any more)."""
-        if row_id not in self._rows:
-            return False
-        self.finish(row_id)
-        return True
+    def abort(self, row_id: int) -> None:
+        """As `finish`; nothing for a row that is not there (any more)."""
+        if row_id in self._rows:
+            self.finish(row_id)
 
     def allocate_prefix(self, length: int, owner: str) -> PrefixBlocks:
         """Blocks for `length` positions, which the caller fills before the next step. They count as used.
@@ -308,8 +306,8 @@ class Scheduler:
         """Take in the step that is assumed, or else the one that `plan` returned last.
 
         Returns the results of rows that are still there and have a new token, log-probabilities of prompt tokens or
-        states, or are read out; the new tokens are in the rows. A row whose result does not answer its plan has not
-        moved: the engine ends it.
+        states, or are read out; the new tokens are in the rows. A row whose result does not answer its plan is
+        not taken further: the engine ends it.
         """
         assumed = self._assumed is not None
         step = self._assumed if self._assumed is not None else self._step

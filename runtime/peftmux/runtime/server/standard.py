@@ -50,7 +50,7 @@ class Health:
 
     def _engine_is_healthy(self) -> bool:
         try:
-            return self._engine.stats().healthy
+            return self._engine.healthy
         except Exception:
             logger.exception("the engine's state cannot be read")
             return False
