@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels import native
+from peftmux.runtime.engine import images as engine_images
 from peftmux.runtime.engine.api import GenerationRequest
 from peftmux.runtime.engine.factory import EngineConfig, build_engine
 from peftmux.runtime.engine.local import LocalEngine
@@ -264,6 +268,39 @@ async def test_the_cache_is_the_images(tmp_path: Path) -> None:
     assert answers[0].values != pytest.approx(answers[1].values, abs=1e-3)
     assert answers[0].usage is not None
     assert answers[0].usage.prompt_tokens == len(prompt) + SIDE * SIDE
+
+
+async def test_images_are_checked_and_named_in_threads_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the loop nor the steps wait for it; the adapter that it was done for is leased meanwhile."""
+    write(tmp_path / "vora", fields("llama"), tensors_for("llama", base_of("llama")))
+    threads, users = [], []
+
+    def noting(call: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            threads.append(threading.current_thread())
+            users.append(engine.get_adapter("vora").requests_in_flight)
+            return call(*arguments)
+
+        return noted
+
+    engine = engine_over("llama", tmp_path)
+    try:
+        await load(engine, "vora")
+        monkeypatch.setattr(engine_images, "hashlib", SimpleNamespace(sha256=noting(hashlib.sha256)))
+        monkeypatch.setattr(engine_images, "patches", noting(engine_images.patches))
+        await ask(engine, with_images(list(range(20, 32)), [(2, torch.randn(3, 6, 6))]))
+        assert len(threads) == 2
+        assert not {threading.main_thread(), engine._thread._thread} & set(threads)
+        assert users == [1, 1]
+        monkeypatch.undo()
+        bad = with_images([5, 6], [(1, torch.full((3, 6, 6), torch.nan))])
+        with pytest.raises(InvalidRequest, match="finite"):
+            await ask(engine, bad)
+        await check_quiet(engine)
+    finally:
+        await engine.drain(0.0)
 
 
 async def test_an_encoded_image_is_its_pixels(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftmux.runtime.engine.images import images_digest
 from peftmux.runtime.engine.observer import EngineObserver
 from peftmux.runtime.engine.placement import BASE
 from peftmux.runtime.engine.request import ActiveRequest, Outcome
@@ -184,7 +183,7 @@ class EngineCore:
         elif placed.invocation:  # what stands before it depends on where it is
             salt, active_from = placed.salt + start.to_bytes(4), start
         if active.images:
-            salt += images_digest(active.images)
+            salt += active.images_digest
         return NewRow(
             id=active.id,
             slot=slot,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from peftmux.adapters.images import MAX_IMAGES, ImageInvalid, ImageRule, cut_patches, decode_image
 from peftmux.runtime.errors import InvalidRequest
@@ -15,17 +16,30 @@ PSEUDO_ID = -1
 """Stands for every token of an image."""
 
 
-def decode_images(images: Sequence[Image], rule: ImageRule) -> tuple[Image, ...]:
-    """Files made into patches. InvalidRequest names the first that is not what it should be."""
+@dataclass(frozen=True, slots=True)
+class DecodedImages:
+    """Of one request, checked against its adapter's rule."""
+
+    images: tuple[Image, ...]
+    """Every content is patches."""
+    digest: bytes
+
+
+def decode_images(images: Sequence[Image], rule: ImageRule) -> DecodedImages:
+    """Files made into patches, in a thread: it takes long. InvalidRequest names the first bad one."""
     if len(images) > MAX_IMAGES:
         raise InvalidRequest("images", f"expected at most {MAX_IMAGES}, got {len(images)}")
-    return tuple(Image(image.position, _patches(image.content, rule, f"images[{i}]")) for i, image in enumerate(images))
+    decoded = [Image(image.position, _patches(image.content, rule, f"images[{i}]")) for i, image in enumerate(images)]
+    return DecodedImages(tuple(decoded), images_digest(decoded))
 
 
 def place_images(
     prompt: tuple[int, ...], images: Sequence[Image], rule: ImageRule
 ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
-    """-> (the prompt with pseudo-ids where images stand, its spans; images that touch are one span). InvalidRequest."""
+    """-> (the prompt with pseudo-ids where images stand, its spans; images that touch are one span).
+
+    The images are those of `decode_images` by the same rule. InvalidRequest for a position out of order.
+    """
     tokens: list[int] = []
     spans: list[ImageSpan] = []
     done = 0
@@ -36,7 +50,8 @@ def place_images(
             )
         tokens += prompt[done : image.position]
         done = image.position
-        own_patches = _patches(image.content, rule, f"images[{i}]")
+        own_patches = image.content
+        assert isinstance(own_patches, ImagePatches), "images are decoded before they are placed"
         start, stop = len(tokens), len(tokens) + own_patches.rows * own_patches.columns
         tokens += [PSEUDO_ID] * (stop - start)
         own: tuple[ImagePatches, ...] = (own_patches,)
@@ -47,13 +62,14 @@ def place_images(
     return (*tokens, *prompt[done:]), tuple(spans)
 
 
-def images_digest(spans: Sequence[ImageSpan]) -> bytes:
-    """Names what a prompt's images show and where they stand: their pseudo-ids do not."""
+def images_digest(images: Sequence[Image]) -> bytes:
+    """Names what a prompt's decoded images show and where they stand: their pseudo-ids do not."""
     digest = hashlib.sha256()
-    for span in spans:
-        for image in span.images:
-            digest.update(f"{span.start} {span.stop} {image.rows} {image.columns} ".encode())
-            digest.update(image.values)
+    for image in images:
+        patches = image.content
+        assert isinstance(patches, ImagePatches), "images are decoded before they are named"
+        digest.update(f"{image.position} {patches.rows} {patches.columns} ".encode())
+        digest.update(patches.values)
     return digest.digest()
 
 

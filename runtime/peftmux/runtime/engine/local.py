@@ -92,11 +92,13 @@ class LocalEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         check_request(request, self._info)
-        if request.images and request.adapter:
-            request = await self._decoded(request)
-        revision = await self._adapters.sums.acquire(request.adapters) if request.adapters else None
+        revision, digest = None, b""
+        if request.adapters:
+            revision = await self._adapters.sums.acquire(request.adapters)
+        elif request.images and request.adapter:
+            request, revision, digest = await self._decoded(request)
         mailbox = Mailbox()
-        active = self._start(request, mailbox, readout.of_generation, revision)
+        active = self._start(request, mailbox, readout.of_generation, revision, digest)
         with self._running(active, mailbox):
             over = False
             while not over:
@@ -104,14 +106,18 @@ class LocalEngine:
                 over = delta.finish_reason is not None
                 yield delta
 
-    async def _decoded(self, request: GenerationRequest) -> GenerationRequest:
-        """With image files made into patches, off the loop."""
+    async def _decoded(self, request: GenerationRequest) -> tuple[GenerationRequest, Revision[Placed], bytes]:
+        """With image files made into patches, off the loop; its adapter, leased, whose rule it was; what they show."""
         revision = self._adapters.store.acquire(request.adapter)
         rule = revision.placement.images
-        self._adapters.store.release(revision)
         if rule is None:
-            return request
-        return replace(request, images=await asyncio.to_thread(decode_images, request.images, rule))
+            return request, revision, b""
+        try:
+            decoded = await asyncio.to_thread(decode_images, request.images, rule)
+        except BaseException:
+            self._adapters.store.release(revision)
+            raise
+        return replace(request, images=decoded.images), revision, decoded.digest
 
     async def classify(self, request: ClassificationRequest) -> Classification:
         check_prompt(request.prompt, self._info)
@@ -148,17 +154,18 @@ class LocalEngine:
         mailbox: Mailbox,
         choose: Choice,
         revision: Revision[Placed] | None = None,
+        images_digest: bytes = b"",
     ) -> ActiveRequest:
         """Lease its adapter and hand it to the engine's thread, or raise what it is refused with.
 
-        `revision` is leased already, where it is a weighted sum.
+        `revision` is leased already, where it is a weighted sum or has images decoded.
         """
         if revision is None and request.adapter and not self._draining:
             revision = self._adapters.store.acquire(request.adapter)
         try:
             if self._draining:
                 raise Draining("the server is shutting down")
-            active = self._activate(request, revision, mailbox, choose)
+            active = self._activate(request, revision, mailbox, choose, images_digest)
             self._thread.post(lambda: self._core.add(active))
         except BaseException:
             if revision is not None:
@@ -257,7 +264,12 @@ class LocalEngine:
             self._loop.call_soon_threadsafe(_hand_out, deliveries)
 
     def _activate(
-        self, request: GenerationRequest, revision: Revision[Placed] | None, mailbox: Mailbox, choose: Choice
+        self,
+        request: GenerationRequest,
+        revision: Revision[Placed] | None,
+        mailbox: Mailbox,
+        choose: Choice,
+        images_digest: bytes,
     ) -> ActiveRequest:
         if request.deadline is not None and request.deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline has passed before the request could start")
@@ -300,6 +312,7 @@ class LocalEngine:
             limit,
             mailbox.put,
             images=spans,
+            images_digest=images_digest,
             weight=weight,
         )
 

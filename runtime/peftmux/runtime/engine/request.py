@@ -56,6 +56,8 @@ class ActiveRequest:
     """Set: it generates nothing, and gives its states in the one delta it has."""
     images: tuple[ImageSpan, ...] = ()
     """Where the request's prompt has them."""
+    images_digest: bytes = b""
+    """Names what they show."""
     weight: float = 1.0
     """Its adapter's share in fair scheduling."""
     submitted: float = field(default_factory=time.monotonic)
