@@ -27,6 +27,7 @@ from peftmux.runtime.engine.factory import EngineConfig, build_engine
 from peftmux.runtime.engine.local import LocalEngine
 from peftmux.runtime.engine.observer import NullObserver
 from peftmux.runtime.errors import InvalidRequest
+from peftmux.runtime.model.images import patches
 from peftmux.runtime.model.load import fit_model
 from peftmux.runtime.params import Image, ImagePatches, OutputOptions, SamplingParams, StoppingParams
 from tests.engine.harness import ask, ask_all, check_quiet, load, request
@@ -289,7 +290,7 @@ async def test_images_are_checked_and_named_in_threads_of_their_own(
     try:
         await load(engine, "vora")
         monkeypatch.setattr(engine_images, "hashlib", SimpleNamespace(sha256=noting(hashlib.sha256)))
-        monkeypatch.setattr(engine_images, "patches", noting(engine_images.patches))
+        monkeypatch.setattr(engine_images, "patches", noting(patches))
         await ask(engine, with_images(list(range(20, 32)), [(2, torch.randn(3, 6, 6))]))
         assert len(threads) == 2
         assert not {threading.main_thread(), engine._thread._thread} & set(threads)
