@@ -69,6 +69,40 @@ def test_every_assistant_turn_is_learned_up_to_its_end(tmp_path: Path, tokenizer
     assert example.input_ids[: len(prompt)] == prompt, "a server asked this prompt must see these tokens"
 
 
+TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_a_turn_that_only_calls_tools_ends_once(content: str | None, tmp_path: Path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TOOLS
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": content, "tool_calls": ["f()"]}]
+    (example,) = encoded(tmp_path, [{"messages": messages}], tokenizer, max_length=200).examples
+    assert learned_text(example, tokenizer) == "<call>f()<|im_end|>"
+
+
+def test_an_opening_of_the_assistants_is_learned_without_its_header(tmp_path: Path, tokenizer: Any):
+    turns = [("assistant", "hello"), ("user", "u"), ("assistant", "")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (example,) = encoded(tmp_path, [{"messages": messages}], tokenizer, max_length=200).examples
+    assert learned_text(example, tokenizer) == "hello<|im_end|><|im_end|>"
+
+
+def test_a_template_that_trims_and_marks_no_end_gets_the_end_token(tmp_path: Path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": " sp "}]
+    (example,) = encoded(tmp_path, [{"messages": messages}], tokenizer, max_length=200).examples
+    assert learned_text(example, tokenizer) == "sp\n<|im_end|>"
+
+
 def test_a_template_without_end_marks_gets_the_end_token(tmp_path: Path):
     bare = build_tokenizer()
     bare.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"

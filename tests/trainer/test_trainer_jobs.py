@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from peftmux.adapters.aside import folder_aside
 from peftmux.trainer import OptionError, train
 from peftmux.trainer.cli import main
 from peftmux.trainer.errors import DataError
@@ -126,12 +127,25 @@ BAD: dict[str, tuple[Any, str]] = {
     "a name twice": ([{"name": "a", "method": "lora", "out": "x"}, {"name": "a", "method": "lora"}], "each name once"),
     "a folder twice": (
         [{"name": "a", "method": "lora", "out": "x"}, {"name": "b", "method": "ln", "out": "x"}],
-        "each out",
+        "expected its own out",
     ),
     "one folder of checkpoints": (
         [{"name": n, "method": "ln", "output_dir": "ck"} for n in ("a", "b")],
-        r"job 2: expected each output_dir once, got 'ck' twice",
+        r"job 2: expected its own output_dir, got 'ck' twice",
     ),
+    "a folder spelled in two ways": (
+        [{"name": "a", "method": "lora", "out": "x"}, {"name": "b", "method": "ln", "out": "y/../x"}],
+        r"job 2: expected its own out, got 'y/../x' twice",
+    ),
+    "another's checkpoints": (
+        [{"name": "a", "method": "lora", "out": "x"}, {"name": "b", "method": "ln", "out": "x.checkpoints"}],
+        r"job 2: expected its own out",
+    ),
+    "one published name": (
+        [{"name": n, "method": "ln", "out": f"{n}/x", "publish": "p"} for n in ("a", "b")],
+        r"job 2: expected its own publish, got 'p/x' twice",
+    ),
+    "a name that leads elsewhere": ([{"name": "../a", "method": "lora"}], "expected a name that can be a folder's"),
 }
 
 
@@ -240,6 +254,8 @@ def test_a_sweep_chooses_as_solo_runs_would(qwen2: Path, few: Path, tmp_path: Pa
         ("r=4,04", "expected different values, got 4 and 04"),
         ("rank=4,8", "no such option"),
         ("output-dir=a,b", "output-dir is the same for all"),
+        ("ensemble=2,3", "ensemble is the same for all"),
+        ("target_modules=[q_proj,[o_proj]", "NAME=V1"),
     ],
 )
 def test_bad_sweeps_are_refused(sweep: str, message: str, qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
@@ -247,6 +263,28 @@ def test_bad_sweeps_are_refused(sweep: str, message: str, qwen2: Path, few: Path
     assert main([*words, "--sweep", sweep]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_sweep_over_lists_and_objects_keeps_its_logs(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(few), "--max-steps", "2"]
+    words += ["--out", str(tmp_path / "a"), "--overwrite", "--report-to", "tensorboard"]
+    assert main([*words, "--sweep", "target_modules=[q_proj, v_proj],[o_proj]"]) == 0
+    assert "[o_proj]" in capsys.readouterr().out
+    assert main([*words, "--sweep", 'rank_pattern={"q_proj": 2},{"q_proj": 4, "o_proj": 3}']) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.logs"}
+    assert {path.name for path in (tmp_path / "a.logs").iterdir()} == {"0", "1"}
+    assert all(list(logs.rglob("events.out.*")) for logs in (tmp_path / "a.logs").iterdir())
+
+
+def test_nothing_of_two_runs_that_write_to_one_folder_is_lost(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    """The one that comes second is refused while the other is under way."""
+    words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(few), "--max-steps", "1"]
+    words += ["--out", str(tmp_path / "a"), "--overwrite"]
+    with folder_aside(tmp_path / "a"):
+        for several in (["--sweep", "r=2,4"], ["--ensemble", "2"], []):
+            assert main([*words, *several]) == 1
+            assert "another run is writing to" in capsys.readouterr().err
+    assert main([*words, "--sweep", "r=2,4"]) == 0
 
 
 def test_one_checkpoint_folder_given_to_many_is_one_for_each(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
@@ -304,6 +342,10 @@ def test_an_ensemble_is_its_members_solo_runs(qwen2: Path, few: Path, tmp_path: 
     assert main([*words, "--ensemble", "2", "--overwrite", "--out", str(tmp_path / "a")]) == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"0", "1"}
     assert {path.name for path in tmp_path.iterdir()} == {"a", "p", "solo"}
+    (published / "b-1").write_text("a user's own")
+    onto = ["--ensemble", "2", "--out", str(tmp_path / "b"), "--publish", str(published)]
+    assert main([*words, *onto]) == 1
+    assert "b-1, found a file" in capsys.readouterr().err
     assert main([*words, "--ensemble", "0", "--out", str(tmp_path / "b")]) == 1
     assert main([*words, "--ensemble", "2", "--sweep", "seed=1,2", "--out", str(tmp_path / "b")]) == 1
     assert "not with --sweep" in capsys.readouterr().err

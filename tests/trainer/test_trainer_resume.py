@@ -126,3 +126,22 @@ def test_a_longer_run_of_a_falling_rate_is_refused(qwen2: Path, rows: Path, tmp_
     train("lora", **run, training={**QUICK, **SAVES})
     with pytest.raises(OptionError, match=r"max-steps: the schedule linear .*expected 6 steps .*, got 8"):
         train("lora", **run, training={**QUICK, **SAVES, "max_steps": 8}, resume=True)
+
+
+def test_the_newest_checkpoint_is_gone_on_from_not_the_highest(qwen2: Path, rows: Path, tmp_path: Path):
+    """A run that replaces an older one of more steps, and is cut off."""
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", "overwrite": True}
+    constant = {**QUICK, **SAVES, "lr_scheduler_type": "constant"}
+    train("lora", **run, training={**constant, "max_steps": 8})
+    newer = {**constant, "learning_rate": 3e-3, "max_steps": 4}
+    train("lora", **run, training=newer)
+    resumed = train("lora", **run, training=newer, resume=True)
+    assert resumed.steps == 4
+
+
+def test_fewer_steps_than_are_done_are_refused(qwen2: Path, rows: Path, tmp_path: Path):
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", "overwrite": True}
+    constant = {**QUICK, **SAVES, "lr_scheduler_type": "constant"}
+    train("lora", **run, training=constant)
+    with pytest.raises(OptionError, match="max-steps: expected 6 or more, which the checkpoint has done; got 4"):
+        train("lora", **run, training={**constant, "max_steps": 4}, resume=True)

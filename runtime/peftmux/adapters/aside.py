@@ -70,6 +70,24 @@ def remove_leftovers(target: Path) -> list[Path]:
     return removed
 
 
+def in_use(target: Path) -> bool:
+    """Whether a live process holds a `folder_aside` of `target`. False where folders cannot be locked."""
+    for path in _candidates(target):
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            continue
+        finally:
+            os.close(lock)
+    return False
+
+
 def _candidates(target: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.partial")
     try:

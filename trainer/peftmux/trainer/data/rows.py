@@ -152,13 +152,18 @@ def _check_present(path: Path, line: int, record: Mapping[str, object], columns:
             raise DataError(path, line, f"missing column {column!r} ({because}); found {found}")
 
 
+def _calls_tools(message: object) -> bool:
+    """Whether its content may be null."""
+    return isinstance(message, dict) and isinstance(message.get("tool_calls"), list) and bool(message["tool_calls"])
+
+
 def _check_messages(path: Path, line: int, messages: object) -> None:
     if not isinstance(messages, list) or not messages:
         raise DataError(path, line, f"column 'messages': expected a list of messages, found {type_name(messages)}")
     for i, message in enumerate(messages):
         for key in ("role", "content"):
             value = message.get(key) if isinstance(message, dict) else None
-            if not isinstance(value, str):
+            if not isinstance(value, str) and not (key == "content" and value is None and _calls_tools(message)):
                 raise DataError(path, line, f"messages[{i}].{key}: expected a string, found {type_name(value)}")
     if not any(m["role"] == "assistant" for m in messages):
         raise DataError(path, line, "expected at least one message of role 'assistant' to learn from, found none")

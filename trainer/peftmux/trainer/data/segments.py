@@ -20,15 +20,20 @@ class Segment:
     ends_turn: bool = False
 
 
+_PROBE = "peftmux"
+"""A content that no template has by itself."""
+
+
 def segment_rows(rows: Sequence[Row], tokenizer: Any, path: str | Path) -> list[list[Segment]]:
     """Texts joined are the row's whole text. Raises DataError where a chat template is missing or cannot be used."""
     if rows and rows[0].format == "messages" and not getattr(tokenizer, "chat_template", None):
         message = "rows of {messages} need a tokenizer with a chat template; this one has none"
         raise DataError(path, rows[0].line, message)
-    return [_segments(row, tokenizer, path) for row in rows]
+    chats = _Chats(tokenizer, path)
+    return [_segments(row, chats) for row in rows]
 
 
-def _segments(row: Row, tokenizer: Any, path: str | Path) -> list[Segment]:
+def _segments(row: Row, chats: _Chats) -> list[Segment]:
     match row.format:
         case "prompt-completion":
             prompt, completion = str(row.fields["prompt"]), str(row.fields["completion"])
@@ -37,36 +42,54 @@ def _segments(row: Row, tokenizer: Any, path: str | Path) -> list[Segment]:
             return [Segment(str(row.fields["text"]), learned=True, ends_turn=True)]
     messages = row.fields["messages"]
     assert isinstance(messages, list)
-    return _chat_segments(messages, tokenizer, path, row.line)
+    return chats.segments(messages, row.line)
 
 
-def _chat_segments(messages: list[Mapping[str, str]], tokenizer: Any, path: str | Path, line: int) -> list[Segment]:
-    """Every assistant turn is learned: what the template adds from its generation prompt to the end of the turn."""
-    segments: list[Segment] = []
-    done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:i], True, tokenizer, path, line) if i else ""
-        after = _render(messages[: i + 1], False, tokenizer, path, line)
-        if not (before.startswith(done) and after.startswith(before)):
-            advice = "give each of its assistant turns a row of its own"
-            raise DataError(path, line, f"messages[{i}]: the chat template rewrites earlier turns; {advice}")
-        turn = after[len(before) :]
-        ends_bare = turn.rstrip().endswith(message["content"].rstrip())
-        segments.append(Segment(before[len(done) :], learned=False))
-        if ends_bare:
-            segments.append(Segment(turn, learned=True, ends_turn=True))
-        else:
-            marked = turn.rstrip()
-            segments.append(Segment(marked, learned=True))
-        done = after if ends_bare else after[: len(before) + len(turn.rstrip())]
-    return segments
+Messages = Sequence[Mapping[str, Any]]
 
 
-def _render(messages: list[Mapping[str, str]], prompt: bool, tokenizer: Any, path: str | Path, line: int) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # the template is a program of the tokenizer's author: any error may come out of it
-        raise DataError(path, line, f"the chat template refuses these messages: {error}") from None
-    return str(text)
+class _Chats:
+    """Conversations of one file, as the tokenizer's chat template writes them."""
+
+    def __init__(self, tokenizer: Any, path: str | Path) -> None:
+        self._tokenizer = tokenizer
+        self._path = path
+        self._marked: bool | None = None
+
+    def segments(self, messages: Messages, line: int) -> list[Segment]:
+        """Every assistant turn is learned: what the template adds from its generation prompt to the end of the turn."""
+        segments: list[Segment] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            after = self._render(messages[: i + 1], False, line)
+            before = self._render(messages[:i], True, line) if i else self._opening(messages[:1], after, line)
+            if not (before.startswith(done) and after.startswith(before)):
+                advice = "give each of its assistant turns a row of its own"
+                raise DataError(self._path, line, f"messages[{i}]: the chat template rewrites earlier turns; {advice}")
+            marked = self._marks_ends(messages[:i], line)
+            done_before, done = done, after[: len(before) + len(after[len(before) :].rstrip())] if marked else after
+            segments.append(Segment(before[len(done_before) :], learned=False))
+            segments.append(Segment(done[len(before) :], learned=True, ends_turn=not marked))
+        return segments
+
+    def _opening(self, first: Messages, after: str, line: int) -> str:
+        """What stands before the content of a conversation's first turn, where that is the assistant's."""
+        asked = self._render(first, True, line)[len(self._render(first, False, line)) :]
+        head, found, _ = after.partition(asked) if asked else ("", "", "")
+        return head + found if found else ""
+
+    def _marks_ends(self, messages: Messages, line: int) -> bool:
+        """Whether the template writes something after a turn's content; asked once for all conversations."""
+        if self._marked is None:
+            turn = {"role": "assistant", "content": _PROBE}
+            self._marked = not self._render([*messages, turn], False, line).rstrip().endswith(_PROBE)
+        return self._marked
+
+    def _render(self, messages: Messages, prompt: bool, line: int) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # the template is a program of the tokenizer's author: any error may come out of it
+            raise DataError(self._path, line, f"the chat template refuses these messages: {error}") from None
+        return str(text)

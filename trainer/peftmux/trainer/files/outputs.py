@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from peftmux.adapters.aside import remove_leftovers
+from peftmux.adapters.aside import in_use, remove_leftovers
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import RunOptions
@@ -28,8 +28,10 @@ def check_out(options: RunOptions) -> None:
         return
     _check_writable("out", out if out.is_dir() else out.parent)
     remove_leftovers(out)
+    if in_use(out):
+        raise OptionError("out", f"another run is writing to {out}")
     if options.publish:
-        _check_published(Path(options.publish), out.name)
+        check_published(Path(options.publish), out.name)
 
 
 def check_output_dir(args: TrainingArguments) -> None:
@@ -38,7 +40,8 @@ def check_output_dir(args: TrainingArguments) -> None:
         _check_writable("output-dir", Path(args.output_dir or "."))
 
 
-def _check_published(directory: Path, name: str) -> None:
+def check_published(directory: Path, name: str) -> None:
+    """Raises OptionError where an adapter cannot be put into `directory` under `name`."""
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
         raise OptionError("publish", f"expected a folder that a server watches, found {found} at {directory}")

@@ -18,7 +18,7 @@ from typing import Any
 from peftmux.adapters.aside import folder_aside, put_in_place
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
-from peftmux.trainer.files.outputs import check_out
+from peftmux.trainer.files.outputs import check_out, check_published
 from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.loop import TrainResult
@@ -53,10 +53,13 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
     check_out(spec.options)
     out, count = Path(spec.options.out), spec.options.ensemble or 0
     _check_members(out)
+    if spec.options.publish:
+        for i in range(count):
+            check_published(Path(spec.options.publish), f"{out.name}-{i}")
     seed = int(given.get("seed", _SEED))
     plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
     with folder_aside(out) as aside:
-        own = [{**in_folder(plain, aside / "new", str(i)), "seed": seed + i} for i in range(count)]
+        own = [{**in_folder(plain, out, aside / "new", str(i)), "seed": seed + i} for i in range(count)]
         run = JobRun([job_spec(str(i), spec.method.name, o, "--ensemble") for i, o in enumerate(own)])
         results = run.run()
         if run.failed:

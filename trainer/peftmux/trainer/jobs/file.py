@@ -15,6 +15,7 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import is_published, publish
 from peftmux.trainer.methods import Method, get_method
 from peftmux.trainer.run.checkpoints import newest_checkpoint
+from peftmux.trainer.settings.arguments import folder_beside
 from peftmux.trainer.settings.config_file import flags
 from peftmux.trainer.settings.options import RunOptions, build_config
 from peftmux.trainer.settings.parser import build_parser, parse
@@ -99,16 +100,25 @@ def read_jobs(path: str | Path) -> list[JobSpec]:
         raise OptionError("jobs", f"{path}: defaults: expected options by name, found {type(defaults).__name__}")
     where = [f"{path}:{line}: job {i}" for i, line in enumerate(_job_lines(tree), start=1)]
     specs = [_job(at, entry, defaults) for at, entry in zip(where, content["jobs"], strict=True)]
-    of_each = {
-        "name": [spec.name for spec in specs],
-        "out": [str(Path(spec.options.out)) for spec in specs],
-        "output_dir": [str(_checkpoints(spec)) for spec in specs],
-    }
-    for what, values in of_each.items():
-        for index, value in enumerate(values):
-            if value in values[:index]:
-                raise OptionError("jobs", f"{where[index]}: expected each {what} once, got {value!r} twice")
+    _check_apart(specs, where)
     return specs
+
+
+def _check_apart(specs: Sequence[JobSpec], where: Sequence[str]) -> None:
+    """Raises OptionError for two jobs of one name, or that write to one place, however it is spelled."""
+    names: set[str] = set()
+    places: set[Path] = set()
+    for spec, at in zip(specs, where, strict=True):
+        if spec.name in names:
+            raise OptionError("jobs", f"{at}: expected each name once, got {spec.name!r} twice")
+        names.add(spec.name)
+        own = {"out": Path(spec.options.out), "output_dir": _checkpoints(spec)}
+        if spec.options.publish:
+            own["publish"] = Path(spec.options.publish) / own["out"].name
+        for what, place in own.items():
+            if place.resolve() in places:
+                raise OptionError("jobs", f"{at}: expected its own {what}, got {str(place)!r} twice")
+            places.add(place.resolve())
 
 
 def _job_lines(tree: yaml.Node | None) -> list[int]:
@@ -127,6 +137,8 @@ def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
         given["output_dir"] = str(Path(str(common["output_dir"])) / name)
     if not isinstance(name, str) or not name or not isinstance(method, str):
         raise OptionError("jobs", f"{where}: expected a name and a method, got {name!r} and {method!r}")
+    if Path(name).name != name:
+        raise OptionError("jobs", f"{where}: expected a name that can be a folder's, got {name!r}")
     try:
         spec = job_spec(name, method, given, f"{where} ({name})")
         for option in _SEVERAL:
@@ -138,11 +150,13 @@ def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
     return spec
 
 
-def in_folder(given: Mapping[str, Any], work: Path, name: str) -> dict[str, Any]:
-    """One job's options of several that are given the same: its adapter below `work`, its checkpoints apart."""
+def in_folder(given: Mapping[str, Any], out: Path, work: Path, name: str) -> dict[str, Any]:
+    """One job's options of several that are given the same: its adapter below `work`, and a folder of its own in what
+    a single run would keep beside `out`."""
     own = {**given, "out": str(work / name)}
-    if "output_dir" in given:
-        own["output_dir"] = str(Path(given["output_dir"]) / name)
+    beside = given.get("output_dir") or folder_beside(str(out), given)
+    if beside:
+        own["output_dir"] = str(Path(beside) / name)
     return own
 
 

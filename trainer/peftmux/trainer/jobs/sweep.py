@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from peftmux.adapters.aside import folder_aside
 from peftmux.adapters.writer import write_files
@@ -17,7 +19,9 @@ from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.loop import TrainResult
 
-_FIXED = frozenset(("out", "output_dir", "logging_dir", "eval_data", "publish", "overwrite", "resume", "dry_run"))
+_FIXED = frozenset(
+    ("out", "output_dir", "logging_dir", "eval_data", "publish", "overwrite", "resume", "dry_run", "sweep", "ensemble")
+)
 """Options of the sweep as a whole."""
 
 
@@ -55,10 +59,10 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
     out = Path(spec.options.out)
     plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}
     with folder_aside(out) as aside:
-        specs = {
-            value: job_spec(value, spec.method.name, {**in_folder(plain, aside, str(i)), option: value}, "--sweep")
-            for i, value in enumerate(values)
-        }
+        specs = {}
+        for i, value in enumerate(values):
+            own = {**in_folder(plain, out, aside, str(i)), option: _meant(value)}
+            specs[value] = job_spec(value, spec.method.name, own, "--sweep")
         _check_different(specs)
         run = JobRun(list(specs.values()))
         results = run.run()
@@ -89,9 +93,30 @@ def _check_different(specs: Mapping[str, JobSpec]) -> None:
         seen.append(means)
 
 
+def _apart(text: str) -> Iterator[str]:
+    """At its commas, but for those within brackets, which make a list or a JSON object one value."""
+    start = depth = 0
+    for at, sign in enumerate(text):
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0:
+            yield text[start:at]
+            start = at + 1
+    yield text[start:]
+
+
+def _meant(value: str) -> object:
+    """[a, b] is a list, as in a jobs file; all else is what its flag makes of it."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise OptionError("sweep", f"{value}: {error}") from None
+
+
 def _parse(spec: JobSpec) -> tuple[str, list[str]]:
     option, _, text = (spec.options.sweep or "").partition("=")
-    option, values = option.strip().replace("-", "_"), [v.strip() for v in text.split(",") if v.strip()]
+    option, values = option.strip().replace("-", "_"), [v.strip() for v in _apart(text) if v.strip()]
     if not option or len(set(values)) != len(values) or len(values) < 2:
         raise OptionError("sweep", f"expected NAME=V1,V2,... with different values, got {spec.options.sweep!r}")
     if option in _FIXED:

@@ -77,9 +77,12 @@ def check_same_run(checkpoint: Path, run: Mapping[str, object]) -> None:
 def check_length(checkpoint: Path, args: TrainingArguments, steps: int, method: object) -> None:
     """steps: what the run that goes on has in all. Another number than before is exact only where no rate depends on
     it. Raises OptionError."""
-    before = json.loads((checkpoint / CHECKPOINT_LAST).read_text())["max_steps"]
+    state = json.loads((checkpoint / CHECKPOINT_LAST).read_text())
+    before, done = state["max_steps"], state["global_step"]
     schedule = plain(args.lr_scheduler_type)
     constant = schedule in ("constant", "constant_with_warmup") and not 0 < args.warmup_steps < 1
+    if steps < done:
+        raise OptionError("max-steps", f"expected {done} or more, which the checkpoint has done; got {steps}")
     if steps != before and not (constant and method not in _BY_LENGTH):
         why = f"{method}'s steps depend" if constant else f"the schedule {schedule} depends"
         message = f"{why} on the run's length: expected {before} steps as in the checkpoint, got {steps}"
@@ -87,10 +90,15 @@ def check_length(checkpoint: Path, args: TrainingArguments, steps: int, method: 
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps that was written to its end."""
+    """The last checkpoint that was written, to its end. One of more steps may be an older run's."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_LAST}") if _is_json(path)]
     numbered = [path for path in complete if path.name.rpartition("-")[2].isdecimal()]
-    return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(numbered, key=_written, default=None)
+
+
+def _written(checkpoint: Path) -> tuple[int, int]:
+    """In ns, and its steps, which tell where a file system's clock does not."""
+    return (checkpoint / CHECKPOINT_LAST).stat().st_mtime_ns, int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_json(path: Path) -> bool:

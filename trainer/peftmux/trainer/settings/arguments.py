@@ -78,13 +78,17 @@ def reported_arguments(args: TrainingArguments, given: Mapping[str, Any]) -> dic
     return {name: plain(getattr(args, name)) for name in names}
 
 
+def folder_beside(out: str, values: Mapping[str, Any]) -> str | None:
+    """Where the Trainer writes beside the adapter: checkpoints, and in `runs` what TensorBoard reads. None: nothing."""
+    if plain(values.get("save_strategy", "no")) != "no":
+        return f"{out}.checkpoints"
+    return None if values.get("report_to", "none") in ("none", ["none"], []) else f"{out}.logs"
+
+
 def _output_dir(options: RunOptions, values: Mapping[str, Any]) -> str:
-    """What the Trainer writes beside the adapter: checkpoints, and in `runs` what TensorBoard reads."""
-    if options.resume or plain(values["save_strategy"]) != "no":
+    if options.resume:
         return f"{options.out}.checkpoints"
-    if values["report_to"] not in ("none", ["none"], []):
-        return f"{options.out}.logs"
-    return tempfile.gettempdir()  # nothing is written, but the Trainer wants a folder that exists
+    return folder_beside(options.out, values) or tempfile.gettempdir()  # the Trainer wants one that exists
 
 
 def _check_reports(names: Sequence[str]) -> None:

@@ -78,7 +78,10 @@ class RunOptions:
     overwrite: bool = field(default=False, metadata={"help": "replace an adapter that is already at --out"})
     sweep: str | None = field(
         default=None,
-        metadata={"help": "NAME=V1,V2,...: train one adapter for each value, all at once, and keep the best"},
+        metadata={
+            "help": "NAME=V1,V2,...: train one adapter for each value (a list in [], a JSON object in {}), all at "
+            "once, and keep the best"
+        },
     )
     ensemble: int | None = field(
         default=None,
