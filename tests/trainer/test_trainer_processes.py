@@ -32,6 +32,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ladder": ("ladder", {}, {}),
     "ia3": ("ia3", {}, {}),
     "dpo": ("lora", {"loss": "dpo"}, {}),
+    "kto": ("lora", {"loss": "kto", "beta": 1.0}, {"learning_rate": 1e-2}),
+    "mixlora": ("mixlora", {"config": {"balance_weight": 1.0, "num_experts": 3}}, {}),
 }
 """Method, options, training."""
 if find_spec("torchao"):  # which `peftmux[test]` brings on Linux
@@ -48,7 +50,7 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
 
 def options(case: str, base: Path, folder: Path, batch: int) -> dict[str, Any]:
     method, given, training = RUNS[case]
-    data = folder.parent / ("pairs.jsonl" if given.get("loss") else "rows.jsonl")
+    data = folder.parent / f"{given.get('loss', 'rows')}.jsonl"
     steps = {"max_steps": 6, "per_device_train_batch_size": batch, "disable_tqdm": True, "use_cpu": True}
     out = {"model": str(base), "data": str(data), "eval_data": str(data), "out": str(folder / case)}
     return {"method": method, **out, **given, "training": {**steps, **training}}
@@ -63,7 +65,8 @@ def folders(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     pairs = [
         {"prompt": t["prompt"], "chosen": t["completion"], "rejected": "e" * (1 + i % 4)} for i, t in enumerate(texts)
     ]
-    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "dpo.jsonl", pairs)
+    write_rows(folder / "kto.jsonl", [{**t, "label": i % 3 > 0} for i, t in enumerate(texts)])
     two, one = folder / "two", folder / "one"
     two.mkdir()
     (two / "runs").write_text(json.dumps([options(case, qwen2, two, 2) for case in RUNS]))

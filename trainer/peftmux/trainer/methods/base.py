@@ -49,6 +49,8 @@ class AttachedAdapter:
     """Says which tokens see each other whatever their order."""
     takes_images = False
     """Rows of its data may have images, which `place` puts among their tokens."""
+    has_files = True
+    """What it would write can be told before its training has ended."""
     head: nn.Module | None = None
     """A classifier on the final hidden states, whose scores the loss is of."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class LoraLinear(LinearChange):
     """A: [r, in] from U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it, B: [out, r] zero."""
 
     low_rank_alone = True
+    rank_bounded: ClassVar[bool] = False
+    """The rank is at most the weight's smaller side."""
 
     def __init__(self, base_layer: nn.Module, rank: int, scale: float, drop: float, generator: torch.Generator) -> None:
         super().__init__(drop)
@@ -89,6 +91,8 @@ def attach_lora(
 
     def build(name: str, module: nn.Module) -> LinearChange:
         rank = config.rank_pattern.get(matcher.first_key("rank_pattern", config.rank_pattern, name) or "", config.r)
+        if linear.rank_bounded:
+            _check_rank(name, weight_out_in(module), rank)
         alpha_key = matcher.first_key("alpha_pattern", config.alpha_pattern, name)
         alpha = config.alpha_pattern.get(alpha_key or "", config.lora_alpha)
         scale = lora_scaling(alpha, rank, config.use_rslora)
@@ -108,6 +112,15 @@ def attach_lora(
     }
     changes = {name: build(name, module) for name, module in sites.items()}
     return adapter(kind, model, changes, fields, notes=expert_notes(model))
+
+
+def _check_rank(name: str, weight: Tensor, rank: int) -> None:
+    most = min(weight.shape)
+    if rank > most:
+        shape = list(weight.shape)
+        raise OptionError(
+            "r", f"expected at most {most} for {name} {shape}, got {rank}: give --rank-pattern or --exclude-modules"
+        )
 
 
 def default_learning_rate(hidden_size: int) -> float:

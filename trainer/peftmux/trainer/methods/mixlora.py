@@ -23,6 +23,7 @@ from peftmux.kernels.lowrank import LinearPart, apply_linear_part
 from peftmux.kernels.mixture import all_shares, choose
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change
+from peftmux.trainer.host.processes import processes, summed
 from peftmux.trainer.host.sites import ALL_LINEAR, select_sites, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.experts import Experts, ExpertsConfig, RoutedAdapter
@@ -49,7 +50,8 @@ class MixtureBlock(Change):
     """In the place of a feed-forward block. router: [E, D] from N(0, 0.02^2); experts by projection."""
 
     replaces = True
-    balance: Tensor | None = None
+    load: tuple[Tensor, Tensor] | None = None
+    """Of the last pass, for each expert [E]: the tokens whose first choice it is, and the sum of its shares."""
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class MixtureBlock(Change):
         shares = all_shares(tokens, self.router)
         if self.training:
             found = self.adapter[0].counted(shares.view(*x.shape[:-1], -1))
-            self.balance = None if found is None else balance(found[0][found[1]])
+            self.load = None if found is None else load(found[0][found[1]])
         return self.mixed(tokens, *choose(shares, self.top_k)).view_as(x)
 
     def mixed(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
@@ -114,11 +116,31 @@ class MixtureBlock(Change):
         return named
 
 
-def balance(shares: Tensor) -> Tensor:
-    """shares: [N, E] -> E * sum_e F_e P_e, 1 where all experts have the same share."""
-    count = shares.shape[1]
-    first = torch.bincount(shares.argmax(1), minlength=count) / len(shares)
-    return count * (first * shares.mean(0)).sum()
+class MixLoraAdapter(RoutedAdapter):
+    """Its balance is that of the tokens of all processes."""
+
+    def regulariser(self) -> Tensor | None:
+        loads = [change.load for change in self.changes.values() if isinstance(change, MixtureBlock) and change.load]
+        if not loads or not self.balance_weight:
+            return None
+        counts, shares = (torch.stack(columns) for columns in zip(*loads, strict=True))
+        return self.balance_weight * balance(counts, shares).mean()
+
+
+def load(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """shares: [N, E] -> `MixtureBlock.load`."""
+    return torch.bincount(shares.argmax(1), minlength=shares.shape[1]), shares.sum(0)
+
+
+def balance(counts: Tensor, shares: Tensor) -> Tensor:
+    """counts, shares: [..., E] of one process -> [...]: E * sum_e F_e P_e, 1 where all experts have the same share.
+
+    F is that of all processes; P is this one's part of it, times their number: their mean, as that of their gradients,
+    is what one process has of all tokens.
+    """
+    counts = summed(counts)
+    tokens = counts.sum(-1, keepdim=True)  # each has one first choice
+    return counts.shape[-1] * (counts / tokens * (processes() * shares / tokens)).sum(-1)
 
 
 def width_in(layer: nn.Module) -> int:
@@ -154,7 +176,7 @@ def _attach(model: Any, config: MixLoraConfig, context: AttachContext) -> Attach
         "target_modules": spelled_out(model, list(sites)),
         "router_aux_loss_coef": config.balance_weight,
     }
-    adapter = RoutedAdapter("mixlora", model, changes, written)
+    adapter = MixLoraAdapter("mixlora", model, changes, written)
     adapter.balance_weight = config.balance_weight
     for block in blocks:
         block.adapter = (adapter,)

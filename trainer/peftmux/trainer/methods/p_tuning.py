@@ -113,14 +113,17 @@ def _lstm(width: int, hidden: int, config: PTuningConfig) -> nn.LSTM:
 
 
 def _attach(model: Any, config: PTuningConfig, context: AttachContext) -> AttachedAdapter:
-    encoder = Encoder(initial_rows(model, config, context), config, context.seed)
     groups = config.groups
+    if groups and context.task != "generation":
+        raise OptionError("template", f"is for generation, which a server has it for; got --task {context.task}")
+    rows = initial_rows(model, config, context)
+    encoder = Encoder(rows, config, context.seed)
     own: dict[str, object] = {"template": [{"tokens": g.tokens, "at": g.at} for g in groups]} if groups else {}
     fields = {
         **prompt_fields(model, "P_TUNING_TEMPLATE" if groups else "P_TUNING", config.num_virtual_tokens),
         **own,
         "encoder_reparameterization_type": config.encoder_reparameterization_type,
-        "encoder_hidden_size": config.encoder_hidden_size or model.config.get_text_config().hidden_size,
+        "encoder_hidden_size": config.encoder_hidden_size or rows.shape[1],
         "encoder_num_layers": config.encoder_num_layers,
         "encoder_dropout": config.encoder_dropout,
     }

@@ -21,6 +21,7 @@ from peftmux.trainer.methods.lora import LoraConfig, LoraLinear, attach_lora, de
 class PissaLinear(LoraLinear):
     """A0: [r, in] and B0: [out, r] are the starting point, kept as buffers; the base's weight is never changed."""
 
+    rank_bounded = True
     start_A: Tensor
     start_B: Tensor
 

@@ -120,7 +120,7 @@ def prompt_fields(model: Any, peft_type: str, count: int) -> dict[str, object]:
     return {
         "peft_type": peft_type,
         "num_virtual_tokens": count,
-        "token_dim": config.hidden_size,
+        "token_dim": model.get_input_embeddings().weight.shape[1],  # a projection may follow
         "num_transformer_submodules": 1,
         "num_attention_heads": config.num_attention_heads,
         "num_layers": config.num_hidden_layers,

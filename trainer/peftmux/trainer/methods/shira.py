@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,7 +45,7 @@ class SparseLinear(Change):
         super().__init__()
         weight = weight_out_in(layer)
         self._shape = tuple(weight.shape)
-        count = min(config.r * sum(self._shape), weight.numel())
+        count = config.r * sum(self._shape)
         if config.mask == "magnitude":
             flat = weight.detach().flatten().float().abs().topk(count).indices.sort().values.cpu()
         else:
@@ -65,6 +66,7 @@ def _attach(model: Any, config: ShiraConfig, context: AttachContext) -> Attached
     sites = select_sites(model, config.target_modules)
     if not all(isinstance(layer, nn.Linear) for layer in sites.values()):
         raise OptionError("method", "shira trains nn.Linear layers, as PEFT does; this base has others (Conv1D)")
+    sites, notes = _large_enough(sites, config)
     generator = torch.Generator().manual_seed(context.seed)
     changes = {name: SparseLinear(layer, config, generator) for name, layer in sites.items()}
     written = {
@@ -75,7 +77,23 @@ def _attach(model: Any, config: ShiraConfig, context: AttachContext) -> Attached
         "fan_in_fan_out": False,
         "init_weights": True,
     }
-    return AttachedAdapter("shira", model, changes, written, notes=expert_notes(model))
+    return AttachedAdapter("shira", model, changes, written, notes=(*expert_notes(model), *notes))
+
+
+def _large_enough(sites: dict[str, nn.Module], config: ShiraConfig) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """The layers that have r * (in + out) entries, which PEFT asks for; of those that were asked for by name, all."""
+    shapes = {name: tuple(weight_out_in(layer).shape) for name, layer in sites.items()}
+    small = [name for name, (rows, columns) in shapes.items() if config.r * (rows + columns) > rows * columns]
+    if not small:
+        return sites, ()
+    first = f"{small[0]} [{', '.join(map(str, shapes[small[0]]))}]"
+    if config.target_modules != ALL_LINEAR or len(small) == len(sites):
+        most = math.prod(shapes[small[0]]) // sum(shapes[small[0]])
+        raise OptionError(
+            "r", f"expected at most {most} for {first}, which has no r * (in + out) entries; got {config.r}"
+        )
+    left = {name: layer for name, layer in sites.items() if name not in small}
+    return left, (f"{len(small)} layers, e.g. {first}, have fewer than r * (in + out) entries: not adapted",)
 
 
 SHIRA = Method(

@@ -58,7 +58,7 @@ class HeadedAdapter(AttachedAdapter):
         self._inner = inner
         self._beside_prompt = inner._fields["peft_type"] in _PROMPTS
         self.head = head
-        self.prefix, self.virtual = inner.prefix, inner.virtual
+        self.prefix, self.virtual, self.has_files = inner.prefix, inner.virtual, inner.has_files
         self._model = model
         self.kind, self.key, self.changes, self.notes = inner.kind, inner.key, inner.changes, inner.notes
         self.modules = nn.ModuleDict({**dict(inner.modules.items()), "head": head})

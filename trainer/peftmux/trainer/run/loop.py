@@ -20,6 +20,7 @@ from peftmux.trainer.estimate import estimate_run
 from peftmux.trainer.files.card import CardFacts, DataFacts, model_card
 from peftmux.trainer.files.export import export_adapter, publish
 from peftmux.trainer.files.outputs import check_out, check_output_dir
+from peftmux.trainer.files.served import check_served
 from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.task_head import HeadedAdapter, TaskHead
@@ -124,6 +125,7 @@ def prepare(
         adapter = method.attach(model, config, context)
         if options.task != "generation":
             adapter = HeadedAdapter(adapter, TaskHead(model, options.task, labels, args.seed), model)
+        check_served(adapter, options.model, model)
     if not adapter.takes_images and any(row.images for row in [*rows, *eval_rows]):
         raise OptionError("data", f"its rows have images, from which {method.name} cannot learn: train vora")
     if places_tokens:

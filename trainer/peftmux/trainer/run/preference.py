@@ -5,7 +5,7 @@ DPO (Rafailov et al., 2023, arXiv 2305.18290, equation 7):
 KTO (Ethayarajh et al., 2024, arXiv 2402.01306, equation 8):
     w_d * (1 - sigmoid(beta * (r - z))) where desirable, w_u * (1 - sigmoid(beta * (z - r))) otherwise
 with r = log p(completion | prompt) - log p_reference(completion | prompt), and z the mean of r over completions of
-other prompts, not below zero and without a gradient.
+other prompts, in the batches of all processes; not below zero and without a gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from peftmux.trainer.data.encode import IGNORED
+from peftmux.trainer.host.processes import mean
 
 
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
@@ -35,6 +36,6 @@ def dpo(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
 def kto(policy: Tensor, reference: Tensor, desirable: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
     """policy, reference: [B, 2] of (own completion, another row's); desirable: [B] bool; weights: w_d, w_u -> [B]."""
     ratios = policy - reference
-    z = ratios[:, 1].detach().mean().clamp(min=0)
+    z = mean(ratios[:, 1]).clamp(min=0)
     gain = torch.where(desirable, 1.0, -1.0) * (ratios[:, 0] - z)
     return torch.where(desirable, weights[0], weights[1]) * torch.sigmoid(-beta * gain)
