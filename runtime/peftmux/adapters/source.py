@@ -13,6 +13,8 @@ _NAME = re.compile(rf"{_PART}(/{_PART})?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_SOURCE = 1024
 
+NAME_RULE = "parts of up to 128 letters, digits, '.', '_', '-' that begin with a letter or digit, at most two with '/'"
+
 
 def valid_name(name: str) -> bool:
     """Whether an adapter may be loaded under this name."""

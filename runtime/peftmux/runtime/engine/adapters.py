@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from peftmux.adapters.errors import AdapterError, AdapterInvalid, SourceNotFound
-from peftmux.adapters.source import valid_name
+from peftmux.adapters.source import NAME_RULE, valid_name
 from peftmux.runtime.engine.api import AdapterInfo, AdapterState, ResidencyLevel
 from peftmux.runtime.engine.observer import EngineObserver
 from peftmux.runtime.engine.placement import DevicePlacement, Placed, PreparedAdapter
@@ -80,8 +80,7 @@ class AdapterManager:
         self, name: str, source: str, *, revision: str, pinned: bool, wait: bool, replace: bool
     ) -> AdapterInfo:
         """As the LoadAdapter call says. Raises what it answers with."""
-        if not valid_name(name):
-            raise InvalidRequest("name", f"expected letters, digits, '.', '_', '-' and at most one '/', got {name!r}")
+        _check_name(name)
         folder = self._loader.resolve(source)
         job = _Job(name, source, folder, revision, pinned, replace)
         known = self.store.find(name)
@@ -94,8 +93,7 @@ class AdapterManager:
 
     async def load_at_start(self, name: str, folder: Path) -> AdapterInfo:
         """As the operator says on the command line, so the folder may lie outside the adapter root."""
-        if not valid_name(name):
-            raise InvalidRequest("name", f"expected letters, digits, '.', '_', '-' and at most one '/', got {name!r}")
+        _check_name(name)
         if not folder.is_dir():
             raise SourceNotFound(f"no adapter folder {str(folder)!r}")
         job = _Job(name, str(folder), folder, "", False, False)
@@ -104,8 +102,7 @@ class AdapterManager:
     async def follow(self, name: str) -> AdapterInfo:
         """Load or replace `name` from its folder in the adapter root; a failure stays visible. AdapterExists for a
         name that was loaded from elsewhere."""
-        if not valid_name(name):
-            raise InvalidRequest("name", f"expected letters, digits, '.', '_', '-' and at most one '/', got {name!r}")
+        _check_name(name)
         return await self._in_turn(name, lambda: self._follow(name))
 
     async def unfollow(self, name: str) -> bool:
@@ -308,3 +305,8 @@ class AdapterManager:
 
 def _unloaded(info: AdapterInfo) -> AdapterInfo:
     return replace(info, state=AdapterState.UNLOADED, residency=None, bytes=0, requests_in_flight=0)
+
+
+def _check_name(name: str) -> None:
+    if not valid_name(name):
+        raise InvalidRequest("name", f"expected a name of {NAME_RULE}, got {name!r}")

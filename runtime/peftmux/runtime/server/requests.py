@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from peftmux.adapters.source import valid_name
+from peftmux.adapters.source import NAME_RULE, valid_name
 from peftmux.runtime.engine import checks
 from peftmux.runtime.engine.api import ModelInfo, Pooling, WeightedAdapter
 from peftmux.runtime.engine.checks import Limits
@@ -19,8 +19,6 @@ PromptMessage = GenerationMessage | ReadoutMessage
 
 LIMITS = Limits(penalty=2, alternatives=100, stop_strings=64, stop_characters=1024, stop_token_ids=1024)
 """What a client may ask for; a caller in process may ask for what the engine can do."""
-NAME_RULE = "parts of up to 128 letters, digits, '.', '_', '-' that begin with a letter or digit, at most two with '/'"
-
 
 POOLINGS = {
     inference_pb2.POOLING_UNSPECIFIED: Pooling.MEAN,
