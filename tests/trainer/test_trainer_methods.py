@@ -247,7 +247,7 @@ def test_options_that_fit_nothing_are_refused(config: dict[str, Any], message: s
 
 @pytest.mark.parametrize("alpha", [0, -8, float("inf"), float("nan")])
 def test_adalora_trains_with_no_scale_that_a_reader_takes_from_the_pruned_rank(alpha: float):
-    with pytest.raises(OptionError, match="lora-alpha: expected more than 0, got"):
+    with pytest.raises(OptionError, match=r"lora-alpha: expected (more than 0|a finite number), got"):
         attach("adalora", build_model("llama"), {"lora_alpha": alpha})
 
 

@@ -84,7 +84,7 @@ def test_bitfit_trains_every_bias_or_the_papers_choice():
         ("layers", "llama", {"trained_layers": [0], "target_modules": ["lm_head"]}, "is named 'lm_head' there"),
         ("diffpruning", "llama", {"sparsity": 0.0}, "sparsity: expected above 0 and at most 1, got 0.0"),
         ("diffpruning", "llama", {"final_share": 1.0}, "final-share: expected 0 or more and below 1"),
-        ("diffpruning", "llama", {"l0_weight": float("nan")}, "l0-weight: expected 0 or more, got nan"),
+        ("diffpruning", "llama", {"l0_weight": float("nan")}, "l0-weight: expected a finite number, got nan"),
     ],
 )
 def test_what_makes_no_sense_is_refused(method: str, shape: str, config: dict[str, Any], message: str):
