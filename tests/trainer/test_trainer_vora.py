@@ -243,6 +243,8 @@ def test_what_cannot_be_trained_is_refused(qwen2: Path, seen: Path, rows: Path, 
         train("vora", data=rows, config=CONFIG, **run)
     with pytest.raises(OptionError, match="sliding window"):
         attach(build_model("mistral"))
+    with pytest.raises(OptionError, match="OPTForCausalLM takes no mask"):
+        attach(build_model("opt"))
     with pytest.raises(OptionError, match="image-size: expected a patch's 2 or more, got 1"):
         METHODS["vora"].config_class(**{**CONFIG, "image_size": 1})
     with pytest.raises(OptionError, match="expected three numbers each"):
