@@ -56,8 +56,8 @@ class BottleneckConfig:
             raise OptionError("reduction-factor", f"expected more than 0, got {self.reduction_factor}")
         if self.non_linearity.lower() not in ACTIVATIONS:
             raise OptionError("non-linearity", f"expected one of {', '.join(ACTIVATIONS)}; got {self.non_linearity!r}")
-        if not math.isfinite(self.scaling) or not self.scaling:
-            raise OptionError("scaling", f"expected a finite number other than 0, got {self.scaling}")
+        if not self.scaling:
+            raise OptionError("scaling", f"expected a number other than 0, got {self.scaling}")
         if not 0 <= self.drop_first <= self.adapterdrop:
             raise OptionError(
                 "drop-first", f"expected 0 to {self.adapterdrop}, what --adapterdrop trains for; got {self.drop_first}"
