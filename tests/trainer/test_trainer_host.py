@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftmux.trainer.host.evaluating import evaluating
+from peftmux.adapters.probing import evaluating
 from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
 from tests.trainer.tiny_models import build_model, random_ids, scramble

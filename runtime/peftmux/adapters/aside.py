@@ -56,7 +56,10 @@ def remove_leftovers(target: Path) -> list[Path]:
     """
     removed = []
     for path in _candidates(target):
-        lock = _locked(path)
+        try:
+            lock = _locked(path)
+        except BlockingIOError:
+            continue
         if lock is None:
             continue
         try:
@@ -74,16 +77,10 @@ def in_use(target: Path) -> bool:
     """Whether a live process holds a `folder_aside` of `target`. False where folders cannot be locked."""
     for path in _candidates(target):
         try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock = _locked(path)
         except BlockingIOError:
             return True
-        except OSError:
-            continue
-        finally:
+        if lock is not None:
             os.close(lock)
     return False
 
@@ -119,13 +116,16 @@ def _make(target: Path) -> tuple[Path, int]:
 
 
 def _locked(path: Path) -> int | None:
-    """A lock on a folder that nobody holds; None where somebody does, or it cannot be told."""
+    """A lock on a folder that nobody holds; None where it cannot be told. BlockingIOError where somebody does."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise
     except OSError:
         os.close(lock)
         return None

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside the block; afterwards each module as it was."""
+    """In evaluation mode and without gradients inside the block; afterwards each module as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module in training:
             module.training = True

@@ -14,8 +14,8 @@ from peftmux.adapters.base import KVShape
 from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import read_adapter
 from peftmux.adapters.methods.prefix import TENSOR, provisioned_shape, split_prefix
+from peftmux.adapters.probing import evaluating
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.methods.base import AttachContext
 
 if TYPE_CHECKING:

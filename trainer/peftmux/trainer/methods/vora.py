@@ -18,12 +18,12 @@ from peftmux.adapters.config import read_fields
 from peftmux.adapters.errors import AdapterInvalid
 from peftmux.adapters.images import ImageRule
 from peftmux.adapters.methods.vora import FIELDS, VISION, adapted_sites, check_base, vision_part, vision_shapes
+from peftmux.adapters.probing import evaluating
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.kernels.vision import VisionPart, embed_patches
 from peftmux.trainer.data import Example
 from peftmux.trainer.data.images import ImageStore, RowImage, stacked
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.host.host import Change
 from peftmux.trainer.host.inputs import causal_only, whole_mask
 from peftmux.trainer.host.sites import ALL_LINEAR, path_of, select_sites, spelled_out

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Trainer
 
+from peftmux.adapters.probing import evaluating
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE, PreferenceCollator
-from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.host.host import Host
 from peftmux.trainer.run.preference import dpo, kto, log_probabilities
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+from peftmux.adapters.probing import evaluating
 from peftmux.trainer.data import PackedCollator, PaddingCollator, PreferenceCollator, pack_features
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.card import DataFacts
-from peftmux.trainer.host.evaluating import evaluating
 from peftmux.trainer.methods import AttachedAdapter, Method
 from peftmux.trainer.methods.task_head import TaskHead
 from peftmux.trainer.run.base_identity import base_identity
