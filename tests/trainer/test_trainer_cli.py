@@ -169,7 +169,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]):
     assert [name for name in (*METHODS, "qlora") if name not in shown] == []
     assert main([]) == 2
     assert main(["adalorra"]) == 2
-    assert f"METHOD: expected one of {', '.join(METHODS)}; got 'adalorra'" in capsys.readouterr().err
+    assert f"METHOD: expected one of {', '.join(METHODS)}, qlora; got 'adalorra'" in capsys.readouterr().err
     assert main(["lora", "--help"]) == 0
     assert "--rank-pattern JSON" in capsys.readouterr().out
     assert main(["lora", "--model", "m"]) == 2

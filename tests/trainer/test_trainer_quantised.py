@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peftmux.adapters.quantised import is_quantised, weights_stay_as_stored
 from peftmux.adapters.torch_base import TorchBase
 from peftmux.trainer import train
 from peftmux.trainer.cli import main
+from peftmux.trainer.jobs.file import read_jobs
 from peftmux.trainer.methods import METHODS
 from peftmux.trainer.methods.base import AttachContext
 from tests.engine.harness import ask_all, load, request, running
@@ -108,11 +110,16 @@ def test_qlora_is_lora_over_a_base_in_4_bits(qwen2: Path, rows: Path, tmp_path: 
     words = ["--model", str(qwen2), "--data", str(rows), "--max-steps", "3", "--disable-tqdm", "true"]
     words += ["--per-device-train-batch-size", "4"]
     assert main(["qlora", *words, "--out", str(tmp_path / "a")]) == 0
-    train("lora", model=qwen2, data=rows, out=tmp_path / "b", quantization="nf4", training={**QUICK, "max_steps": 3})
+    train("qlora", model=qwen2, data=rows, out=tmp_path / "b", training={**QUICK, "max_steps": 3})
     train("lora", model=qwen2, data=rows, out=tmp_path / "c", training={**QUICK, "max_steps": 3})
     first, second, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
     assert all(torch.equal(first[name], second[name]) for name in first | second)
     assert not all(torch.equal(first[name], plain[name]) for name in first)
+    entry = {"name": "a", "method": "qlora", "model": str(qwen2), "data": str(rows), "out": "a"}
+    (tmp_path / "jobs.json").write_text(json.dumps({"jobs": [entry, {**entry, "name": "b", "out": "b"}]}))
+    assert {(spec.method.name, spec.options.quantization) for spec in read_jobs(tmp_path / "jobs.json")} == {
+        ("lora", "nf4")
+    }
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])

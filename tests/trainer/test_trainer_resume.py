@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from peftmux.adapters.aside import folder_held
 from peftmux.trainer import OptionError, train
 from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.run.loop import TrainResult
@@ -145,3 +146,35 @@ def test_fewer_steps_than_are_done_are_refused(qwen2: Path, rows: Path, tmp_path
     train("lora", **run, training=constant)
     with pytest.raises(OptionError, match="max-steps: expected 6 or more, which the checkpoint has done; got 4"):
         train("lora", **run, training={**constant, "max_steps": 4}, resume=True)
+
+
+class Held(TrainerCallback):
+    """Whether somebody else could write to a folder during the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.refused: list[bool] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        try:
+            with folder_held(self.folder):
+                self.refused.append(False)
+        except BlockingIOError:
+            self.refused.append(True)
+
+
+def test_two_runs_never_write_checkpoints_to_one_folder(qwen2: Path, rows: Path, tmp_path: Path):
+    run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", **QUICK, **SAVES, "max_steps": 2}
+    checkpoints = tmp_path / "a.checkpoints"
+    with (
+        folder_held(checkpoints),
+        pytest.raises(OptionError, match=r"another run is writing checkpoints to .*a\.check"),
+    ):
+        train("lora", **run)
+    assert [*checkpoints.iterdir()] == []
+    assert not (tmp_path / "a").exists()
+    held = Held(checkpoints)
+    train("lora", **run, callbacks=[held])
+    assert held.refused == [True, True]
+    with folder_held(checkpoints):
+        assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]

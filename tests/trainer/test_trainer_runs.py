@@ -18,6 +18,7 @@ from peftmux.trainer import OptionError, TrainerError, train
 from peftmux.trainer.data import file_digest
 from tests.trainer.method_runs import (
     QUICK,
+    assert_equal,
     check_files_give_the_models_logits,
     check_learns,
     check_resumes,
@@ -228,7 +229,18 @@ def test_a_dry_run_counts_and_writes_nothing(
         ),
         ({"max_length": 0}, "max-length: expected 1 or more, got 0"),
         ({"early_stopping_patience": 2}, "early-stopping-patience: needs rows to evaluate on"),
-        ({"speed": "fast"}, "speed: no such option"),
+        ({"speed": "fast"}, "speed: no such option; expected one of r, lora_alpha"),
+        ({"r": 4, "config": {"r": 8}}, "r: expected it once, got 8 and 4"),
+        ({"r": "8"}, "r: expected int, got '8'"),
+        ({"r": True}, "r: expected int, got True"),
+        ({"lora_alpha": "a lot"}, "lora-alpha: expected float, got 'a lot'"),
+        ({"target_modules": ["q_proj", 3]}, r"target-modules: expected str or list\[str\], got \['q_proj', 3\]"),
+        ({"rank_pattern": {"q_proj": "4"}}, r"rank-pattern: expected dict\[str, int\], got "),
+        ({"max_length": "long"}, "max-length: expected int or auto, got 'long'"),
+        ({"packing": "yes"}, "packing: expected bool, got 'yes'"),
+        ({"model": 3}, "model: expected str, got 3"),
+        ({"sweep": "r=4,8"}, "sweep: trains several adapters: run `peftmux train lora --sweep`"),
+        ({"ensemble": 2}, "ensemble: trains several adapters: run `peftmux train lora --ensemble`"),
     ],
 )
 def test_bad_options_are_refused_by_name(
@@ -237,6 +249,17 @@ def test_bad_options_are_refused_by_name(
     with pytest.raises(OptionError, match=message):
         train("lora", **{"model": qwen2, "data": rows, "out": tmp_path / "a", **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_go_by_their_flags_names(qwen2: Path, rows: Path, tmp_path: Path):
+    """From Python the same run is given flat, or in the groups that its options belong to."""
+    train("lora", model=qwen2, data=rows, out=tmp_path / "flat", r=3, max_steps=2, seed=5, max_length=64)
+    grouped: dict[str, Any] = {"config": {"r": 3}, "training": {"max_steps": 2, "seed": 5}}
+    train("lora", model=str(qwen2), data=str(rows), out=tmp_path / "grouped", max_length=64, **grouped)
+    assert_equal(tensors(tmp_path / "flat"), tensors(tmp_path / "grouped"))
+    members = [tmp_path / "flat", tmp_path / "flat"]  # folders within an option, as paths
+    with pytest.raises(TrainerError, match="flat"):
+        train("fusion", model=qwen2, data=rows, out=tmp_path / "fused", adapters=members, max_steps=1)
 
 
 def test_runs_that_are_killed_at_any_time(qwen2: Path, rows: Path, tmp_path: Path):

@@ -85,6 +85,19 @@ def in_use(target: Path) -> bool:
     return False
 
 
+@contextmanager
+def folder_held(folder: Path) -> Iterator[None]:
+    """Within it nobody else holds `folder`, which is made where it is not there. Raises BlockingIOError where somebody
+    does. Where folders cannot be locked nothing is held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _locked(folder.resolve())
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def _candidates(target: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.partial")
     try:

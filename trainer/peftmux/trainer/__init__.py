@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from peftmux.trainer.errors import DataError, OptionError, TrainerError
@@ -30,17 +30,20 @@ def train(
 ) -> TrainResult:
     """Train an adapter for `model` on the rows of `data` and write it to `out`; what `peftmux train` runs.
 
-    config: the method's own options, e.g. {"r": 16}.
-    training: transformers' TrainingArguments, e.g. {"max_steps": 100}.
+    options: any other by the name of its flag, e.g. r=16, max_steps=100, max_length=512. Those of the method and of
+    transformers' TrainingArguments may also stand together in `config` and `training`, as in {"r": 16}.
     callbacks: transformers' TrainerCallbacks, e.g. for a progress display of one's own.
-    options: the other fields of `peftmux.trainer.settings.options.RunOptions`, e.g. max_length=512.
     Raises TrainerError (DataError, OptionError) before anything is written.
     """
-    from peftmux.trainer.methods import get_method
+    from peftmux.trainer.methods import get_method, unaliased
     from peftmux.trainer.run.loop import run_training
     from peftmux.trainer.settings.options import RunOptions, build_config
+    from peftmux.trainer.settings.split import joined, split
 
-    chosen = get_method(method)
-    paths = {"model": fspath(model), "data": fspath(data), "out": fspath(out)}
-    run = build_config(RunOptions, {**paths, "eval_data": eval_data and fspath(eval_data), **options})
-    return run_training(chosen, run, build_config(chosen.config_class, config or {}), training or {}, callbacks)
+    name, given = unaliased(method, {"model": model, "data": data, "out": out, "eval_data": eval_data, **options})
+    chosen = get_method(name)
+    run, own, arguments = split(chosen.config_class, given)
+    own, arguments = joined(config or {}, own), joined(training or {}, arguments)
+    return run_training(
+        chosen, build_config(RunOptions, run), build_config(chosen.config_class, own), arguments, callbacks
+    )

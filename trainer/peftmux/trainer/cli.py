@@ -15,9 +15,6 @@ from peftmux.adapters.errors import AdapterError
 from peftmux.trainer.errors import TrainerError
 from peftmux.trainer.settings.config_file import file_arguments
 
-ALIASES = {"qlora": (("lora", "--quantization", "nf4"), "lora over a base in 4 bits: lora --quantization nf4")}
-"""Names of a method with options of the run: what they stand for, and what is said of them."""
-
 
 def main(argv: Sequence[str]) -> int:
     """The exit status: 0, 1 for a refused run, 2 for bad usage, 130 after Ctrl-C, 143 after SIGTERM.
@@ -26,8 +23,7 @@ def main(argv: Sequence[str]) -> int:
     """
     from peftmux.trainer.methods import METHODS
 
-    if argv and argv[0] in ALIASES:
-        argv = [*ALIASES[argv[0]][0], *argv[1:]]
+    argv = _unaliased(argv)
     jobs = bool(argv) and argv[0].split("=")[0] == "--jobs"
     if not jobs and (not argv or argv[0] not in METHODS):
         return _overview(argv)
@@ -45,6 +41,15 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("peftmux train: interrupted: nothing more is written", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _unaliased(argv: Sequence[str]) -> list[str]:
+    from peftmux.trainer.methods import unaliased
+
+    if not argv:
+        return []
+    method, options = unaliased(argv[0], {})
+    return [method, *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()), *argv[1:]]
 
 
 class _Terminated(BaseException):
@@ -69,16 +74,18 @@ def _terminable() -> Iterator[None]:
 
 
 def _overview(argv: Sequence[str]) -> int:
-    from peftmux.trainer.methods import METHODS
+    from peftmux.trainer.methods import ALIASES, METHODS
 
     asked = bool(argv) and argv[0] in ("-h", "--help")
     lines = ["usage: peftmux train METHOD --model M --data D.jsonl --out DIR [options]"]
     lines += ["       peftmux train --jobs FILE.yaml [--watch] [--resume]", "", "methods:"]
     lines += [f"  {m.name:<12} {m.summary}" for m in METHODS.values()]
-    lines += [f"  {name:<12} {summary}" for name, (_, summary) in ALIASES.items()]
+    for name, (method, options) in ALIASES.items():
+        words = [word for option, value in options.items() for word in (f"--{option}", value)]
+        lines.append(f"  {name:<12} stands for: {' '.join([method, *words])}")
     lines += ["", "peftmux train METHOD --help lists a method's options."]
     if argv and not asked:
-        lines.append(f"\npeftmux train: METHOD: expected one of {', '.join(METHODS)}; got {argv[0]!r}")
+        lines.append(f"\npeftmux train: METHOD: expected one of {', '.join([*METHODS, *ALIASES])}; got {argv[0]!r}")
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 

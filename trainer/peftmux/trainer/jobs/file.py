@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +12,14 @@ import yaml
 
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import is_published, publish
-from peftmux.trainer.methods import Method, get_method
+from peftmux.trainer.methods import Method, get_method, unaliased
 from peftmux.trainer.run.checkpoints import newest_checkpoint
 from peftmux.trainer.settings.arguments import folder_beside
 from peftmux.trainer.settings.config_file import flags
-from peftmux.trainer.settings.options import RunOptions, build_config
+from peftmux.trainer.settings.options import SEVERAL, RunOptions, build_config
 from peftmux.trainer.settings.parser import build_parser, parse
+from peftmux.trainer.settings.split import split
 from peftmux.trainer.settings.yaml_file import line_of, read_yaml
-
-_SEVERAL = ("sweep", "ensemble")
-"""Options that make several jobs of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +136,10 @@ def _job(where: str, entry: object, defaults: Mapping[str, Any]) -> JobSpec:
         raise OptionError("jobs", f"{where}: expected a name and a method, got {name!r} and {method!r}")
     if Path(name).name != name:
         raise OptionError("jobs", f"{where}: expected a name that can be a folder's, got {name!r}")
+    method, given = unaliased(method, given)
     try:
         spec = job_spec(name, method, given, f"{where} ({name})")
-        for option in _SEVERAL:
+        for option in SEVERAL:
             if getattr(spec.options, option) is not None:
                 message = f"trains several: give each an entry, or run `peftmux train {method} --{option}`"
                 raise OptionError(option, message)
@@ -172,12 +170,10 @@ def job_spec(name: str, method: str, given: Mapping[str, Any], where: str) -> Jo
     return split_options(name, chosen, values)
 
 
-def split_options(name: str, method: Method, values: dict[str, Any]) -> JobSpec:
+def split_options(name: str, method: Method, values: Mapping[str, Any]) -> JobSpec:
     """Parsed options to those of the run, of the method, and of the training."""
-    values = dict(values)
-    run = {f.name: values.pop(f.name) for f in dataclasses.fields(RunOptions) if f.name in values}
-    own = {f.name: values.pop(f.name) for f in dataclasses.fields(method.config_class) if f.name in values}
-    return JobSpec(name, method, build_config(RunOptions, run), build_config(method.config_class, own), values)
+    run, own, training = split(method.config_class, values)
+    return JobSpec(name, method, build_config(RunOptions, run), build_config(method.config_class, own), training)
 
 
 def resumed(specs: Sequence[JobSpec]) -> list[JobSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.adalora import ADALORA
@@ -30,7 +31,7 @@ from peftmux.trainer.methods.rslora import RSLORA
 from peftmux.trainer.methods.shira import SHIRA
 from peftmux.trainer.methods.vora import VORA
 
-__all__ = ["METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method"]
+__all__ = ["ALIASES", "METHODS", "AttachContext", "AttachedAdapter", "Method", "get_method", "unaliased"]
 
 _ALL = (
     *(LORA, RSLORA, LORA_PLUS, PISSA, DORA, ADALORA),
@@ -43,11 +44,20 @@ _ALL = (
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
 
 
+ALIASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {"qlora": ("lora", {"quantization": "nf4"})}
+"""Names of a method with options of the run: lora over a base in 4 bits (Dettmers et al., 2023, arXiv 2305.14314)."""
+
+
 def get_method(name: str) -> Method:
     """Raises OptionError for a name that is not registered."""
     try:
         return METHODS[name]
     except KeyError:
-        if name == "qlora":
-            raise OptionError("method", "qlora is lora over a quantised base: lora --quantization nf4") from None
-        raise OptionError("method", f"expected one of {', '.join(METHODS)}; got {name!r}") from None
+        names = ", ".join([*METHODS, *ALIASES])
+        raise OptionError("method", f"expected one of {names}; got {name!r}") from None
+
+
+def unaliased(name: str, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method that `name` stands for, and its options: those that are given win over the alias's own."""
+    method, own = ALIASES.get(name, (name, {}))
+    return method, {**own, **given}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from transformers import TrainingArguments
 
+from peftmux.adapters.aside import folder_held
 from peftmux.adapters.files import CHECKPOINT_FILE
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.settings.argument_checks import plain
@@ -24,6 +26,19 @@ _LOOP = ("optimizer.pt", "scheduler.pt")
 
 _BY_LENGTH = ("adalora", "diffpruning")
 """Methods with phases that are shares of the run."""
+
+
+@contextmanager
+def checkpoints_held(args: TrainingArguments) -> Iterator[None]:
+    """Within it no other run writes checkpoints beside this one's. Raises OptionError where one does already."""
+    with ExitStack() as stack:
+        if plain(args.save_strategy) != "no" and args.should_save:  # of several processes one writes
+            folder = Path(args.output_dir or ".")
+            try:
+                stack.enter_context(folder_held(folder))
+            except BlockingIOError:
+                raise OptionError("output-dir", f"another run is writing checkpoints to {folder}") from None
+        yield
 
 
 def resume_point(options: RunOptions, args: TrainingArguments) -> Path | None:

@@ -25,13 +25,13 @@ from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
 from peftmux.trainer.methods.task_head import HeadedAdapter, TaskHead
 from peftmux.trainer.run.base_model import load_base, longest_row
-from peftmux.trainer.run.checkpoints import check_same_run, resume_point
+from peftmux.trainer.run.checkpoints import check_same_run, checkpoints_held, resume_point
 from peftmux.trainer.run.data_files import DataFiles
 from peftmux.trainer.run.huggingface_trainer import AdapterTrainer
 from peftmux.trainer.run.prepared import Prepared, make_trainer
 from peftmux.trainer.run.summary import trainable_summary
 from peftmux.trainer.settings.arguments import reported_arguments, training_arguments
-from peftmux.trainer.settings.options import NEXT_TOKEN, RunOptions
+from peftmux.trainer.settings.options import NEXT_TOKEN, SEVERAL, RunOptions
 
 PREFERENCE_RATE = 0.1
 """A preference loss's default learning rate beside the method's own: the model is to be bent, not taught."""
@@ -66,6 +66,9 @@ def run_training(
 
     Nothing is at `options.out` before the run has succeeded. Raises TrainerError for bad options or data.
     """
+    for name in SEVERAL:
+        if getattr(options, name) is not None:
+            raise OptionError(name, f"trains several adapters: run `peftmux train {method.name} --{name}`")
     ready = prepare(method, options, config, training, lambda: load_base(options))
     first = ready.args.process_index == 0
     if first:
@@ -224,8 +227,11 @@ def _remove_checkpoints(folder: Path) -> None:
 
 def train_and_evaluate(trainer: AdapterTrainer, options: RunOptions) -> dict[str, float]:
     """From the start, or from a checkpoint. Returns the Trainer's metrics."""
-    checkpoint = resume_point(options, trainer.args)
-    metrics: dict[str, float] = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    with checkpoints_held(trainer.args):
+        checkpoint = resume_point(options, trainer.args)
+        metrics: dict[str, float] = trainer.train(
+            resume_from_checkpoint=str(checkpoint) if checkpoint else None
+        ).metrics
     if not trainer.state.global_step:
         raise TrainerError("no step was made: nothing written; the data give no whole batch")
     trainer.adapter.training_ended()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from peftmux.trainer.settings.value_types import kinds, literals
 
 
 def add_fields(group: argparse._ArgumentGroup, config_class: type[Any]) -> None:
@@ -60,16 +61,6 @@ def _or_word(kind: type, words: Sequence[str]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"expected {wanted} or {' or '.join(words)}, got {text!r}") from None
 
     return parse
-
-
-def kinds(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; of anything else itself."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def literals(hint: Any) -> list[Any]:
-    """The words that are values of this type."""
-    return [word for kind in kinds(hint) if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 class _ListOrPattern(argparse.Action):

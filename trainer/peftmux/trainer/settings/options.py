@@ -6,13 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.settings.flags import kinds, literals
+from peftmux.trainer.settings.value_types import is_of, spelled
 
 Config = TypeVar("Config")
 NEXT_TOKEN = "next-token"
+SEVERAL = ("sweep", "ensemble")
+"""Options that train several adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +129,23 @@ class RunOptions:
 
 def build_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """A dataclass from named values. Raises OptionError for a name it does not have, and for what no flag would take: a
-    word that is not among the type's, a number that is not finite."""
+    value of another type, a word that is not among the type's, a number that is not finite."""
+    values = {name: _without_paths(value) for name, value in values.items()}
     hints = get_type_hints(config_class)
     known = [f.name for f in dataclasses.fields(config_class) if f.init]  # type: ignore[arg-type]
     for name, value in values.items():
+        flag = name.replace("_", "-")
         if name not in known:
-            raise OptionError(name.replace("_", "-"), f"no such option; expected one of {', '.join(known)}")
-        words = literals(hints[name])
-        others = tuple(kind for kind in kinds(hints[name]) if isinstance(kind, type))
-        if words and value not in words and not isinstance(value, others):
-            wanted = " or ".join([*(kind.__name__ for kind in others if kind is not type(None)), *words])
-            raise OptionError(name.replace("_", "-"), f"expected {wanted}, got {value!r}")
+            raise OptionError(flag, f"no such option; expected one of {', '.join(known)}")
+        if not is_of(value, hints[name]):
+            raise OptionError(flag, f"expected {spelled(hints[name])}, got {value!r}")
         numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise OptionError(name.replace("_", "-"), f"expected a finite number, got {value}")
+            raise OptionError(flag, f"expected a finite number, got {value}")
     return config_class(**values)
+
+
+def _without_paths(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return fspath(value) if isinstance(value, PathLike) else value
