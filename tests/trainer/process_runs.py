@@ -7,15 +7,34 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
 
 from peftmux.trainer import train
 
 
+class Rewards(TrainerCallback):
+    """What a preference loss has logged."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "reward_margin" in logs:
+            self.seen.append((logs["reward_margin"], logs["reward_accuracy"]))
+
+
 def main() -> None:
     path = Path(sys.argv[1])
-    results = [train(**run) for run in json.loads(path.read_text())]
-    found = [{"digest": r.digest, "steps": r.steps, "eval_loss": r.metrics.get("eval_loss")} for r in results]
+    found = []
+    for run in json.loads(path.read_text()):
+        rewards = Rewards()
+        result = train(**run, callbacks=[rewards])
+        known = {"digest": result.digest, "steps": result.steps, "eval_loss": result.metrics.get("eval_loss")}
+        found.append({**known, "rewards": rewards.seen})
     path.with_name(f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from peftmux.trainer.jobs.file import job_spec
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.settings.arguments import check_launcher
 from tests.trainer.method_runs import assert_equal, tensors
+from tests.trainer.process_runs import Rewards
 from tests.trainer.tiny_models import write_rows
 
 RUNNER = Path(__file__).with_name("process_runs.py")
@@ -31,13 +32,14 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adalora": ("adalora", {"config": {"init_r": 3, "target_r": 2}}, {}),
     "ladder": ("ladder", {}, {}),
     "ia3": ("ia3", {}, {}),
-    "dpo": ("lora", {"loss": "dpo"}, {}),
-    "kto": ("lora", {"loss": "kto", "beta": 1.0}, {"learning_rate": 1e-2}),
+    "dpo": ("lora", {"loss": "dpo"}, {"logging_steps": 3}),
+    "kto": ("lora", {"loss": "kto", "beta": 1.0}, {"learning_rate": 1e-2, "logging_steps": 3}),
     "mixlora": ("mixlora", {"config": {"balance_weight": 1.0, "num_experts": 3}}, {}),
 }
 """Method, options, training."""
 if find_spec("torchao"):  # which `peftmux[test]` brings on Linux
     RUNS["float8"] = ("lora", {"quantization": "fp8"}, {})
+Folders = tuple[Path, Path, str, dict[str, list[tuple[float, float]]]]
 LAUNCH = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 
@@ -57,8 +59,11 @@ def options(case: str, base: Path, folder: Path, batch: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Every run by two processes and by one, and what the two said. Rows differ in length, and in what is learned."""
+def folders(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Every run by two processes and by one, what the two said, and what the one logged.
+
+    Rows differ in length, and in what is learned.
+    """
     folder = tmp_path_factory.mktemp("processes")
     texts = [{"prompt": "ab" * (1 + i % 5), "completion": "cd" * (1 + i % 3)} for i in range(64)]
     write_rows(folder / "rows.jsonl", texts)
@@ -72,21 +77,22 @@ def folders(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     (two / "runs").write_text(json.dumps([options(case, qwen2, two, 2) for case in RUNS]))
     done = launch(str(RUNNER), str(two / "runs"))
     assert done.returncode == 0, done.stderr[-3000:]
-    for case in RUNS:
-        train(**options(case, qwen2, one, 4))
-    return two, one, done.stderr
+    logged = {case: Rewards() for case in RUNS}
+    for case, rewards in logged.items():
+        train(**options(case, qwen2, one, 4), callbacks=[rewards])
+    return two, one, done.stderr, {case: rewards.seen for case, rewards in logged.items()}
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_two_processes_train_what_one_does(case: str, folders: tuple[Path, Path, str]):
+def test_two_processes_train_what_one_does(case: str, folders: Folders):
     two, one = (tensors(folder / case) for folder in folders[:2])
     assert two.keys() == one.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
 
 
-def test_one_process_writes(folders: tuple[Path, Path, str]):
-    two, _, said = folders
+def test_one_process_writes(folders: Folders):
+    two, _, said, _ = folders
     first, second = (json.loads((two / f"{rank}.json").read_text()) for rank in (0, 1))
     assert all(run["digest"] for run in first)
     assert not any(run["digest"] for run in second)
@@ -96,8 +102,16 @@ def test_one_process_writes(folders: tuple[Path, Path, str]):
     assert {path.name for path in two.iterdir()} == {*RUNS, "dora.checkpoints", "runs", "0.json", "1.json"}
 
 
-def test_a_checkpoint_of_two_is_resumed_by_two(qwen2: Path, folders: tuple[Path, Path, str], tmp_path: Path):
-    two, _, _ = folders
+def test_rewards_are_of_all_processes(folders: Folders):
+    two, _, _, logged = folders
+    for rank in (0, 1):
+        for case, run in zip(RUNS, json.loads((two / f"{rank}.json").read_text()), strict=True):
+            assert len(run["rewards"]) == (2 if case in ("dpo", "kto") else 0)
+            assert [*map(tuple, run["rewards"])] == [pytest.approx(pair, abs=1e-5) for pair in logged[case]]
+
+
+def test_a_checkpoint_of_two_is_resumed_by_two(qwen2: Path, folders: Folders, tmp_path: Path):
+    two, *_ = folders
     run = options("dora", qwen2, two, 2)
     last = two / "dora.checkpoints" / "checkpoint-6" / "trainer_state.json"
     last.unlink()  # as a run that was killed while it wrote it
@@ -117,7 +131,7 @@ def test_a_launcher_that_starts_one_of_several_is_refused():
         check_launcher({**alone, "MASTER_ADDR": "127.0.0.1"})
 
 
-def test_jobs_are_for_one_process(qwen2: Path, folders: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch):
+def test_jobs_are_for_one_process(qwen2: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
     run = options("lora", qwen2, folders[0].parent / "jobs", 2)
     given = {name: run[name] for name in ("model", "data", "out")}

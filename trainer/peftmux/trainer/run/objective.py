@@ -16,6 +16,7 @@ from transformers import Trainer
 from peftmux.adapters.probing import evaluating
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE, PreferenceCollator
 from peftmux.trainer.host.host import Host
+from peftmux.trainer.host.processes import summed
 from peftmux.trainer.run.preference import dpo, kto, log_probabilities
 
 EXTRAS = (REFERENCE, DESIRABLE)
@@ -63,10 +64,10 @@ class Preference:
             self._seen = rows if self._seen is None else self._seen + rows
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: the mean margin, and the share of rows that have one."""
+        """Since the last call, of all processes: the mean margin, and the share of rows that have one."""
         if self._seen is None:
             return {}
-        margin, right, rows = self._seen.tolist()
+        margin, right, rows = summed(self._seen).tolist()
         self._seen = None
         return {"reward_margin": margin / rows, "reward_accuracy": right / rows}
 
