@@ -307,6 +307,8 @@ def test_parquet_rows(tmp_path: Path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     with pytest.raises(DataError, match=r"rows\.parquet:2: column 'completion': expected a string, found null"):
         read_rows(path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), tmp_path / "ROWS.PARQUET")
+    assert len(read_rows(tmp_path / "ROWS.PARQUET")) == 1
     parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), path)
     assert [row.fields for row in read_rows(path)] == rows[:1]
     path.write_text("not parquet")

@@ -32,7 +32,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
     try:
         if not path.is_file():
             raise DataError(path, None, f"expected a file of rows, found {_what_else(path)}")
-        yield from _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
+        yield from _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_json_lines(path)
     except OSError as error:
         raise DataError(path, None, f"cannot be read: {error.strerror or error}") from None
 
