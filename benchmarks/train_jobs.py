@@ -18,8 +18,8 @@ from peftmux.trainer.jobs.together import Together
 class Timed(Together):
     """Notes when each round begins. The first is not counted; everything that a job does between rounds is."""
 
-    def __init__(self, model: Any, pad_id: int) -> None:
-        super().__init__(model, pad_id)
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
         self._begun: list[float] = []
 
     @property
@@ -56,8 +56,8 @@ def compare_jobs(folder: Path, size: Size, rows: int, tokens: int, rounds: int) 
 def seconds(specs: Sequence[JobSpec]) -> float:
     made: list[Timed] = []
 
-    def timed(model: Any, pad_id: int) -> Timed:
-        made.append(Timed(model, pad_id))
+    def timed(model: Any) -> Timed:
+        made.append(Timed(model))
         return made[-1]
 
     run = JobRun(specs, together=timed)

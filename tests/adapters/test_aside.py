@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftmux.adapters.aside import folder_aside, remove_leftovers
+from peftmux.adapters.aside import folder_aside, put_in_place, remove_leftovers
 from peftmux.adapters.writer import write_adapter
 
 HOLD = """
@@ -84,6 +84,38 @@ def test_what_was_moved_away_comes_back(there: bool, tmp_path: Path) -> None:
         (tmp_path / "a" / "which").write_text("new")
     remove_leftovers(tmp_path / "a")
     assert (tmp_path / "a" / "which").read_text() == ("new" if there else "old")
+    assert hidden(tmp_path) == set()
+
+
+def replace(target: Path) -> None:
+    with folder_aside(target) as aside:
+        (aside / "new").mkdir()
+        put_in_place(aside, target)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_replacement_that_is_interrupted_leaves_the_old_one(
+    first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, or between, its two renames."""
+    rename, renames = os.rename, 0
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal renames
+        renames += 1
+        if not first and renames == 1:
+            rename(source, target)
+        if renames == 1:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "which").write_text("old")
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace(target)
+    assert (target / "which").read_text() == "old"
     assert hidden(tmp_path) == set()
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     for run in json.loads(path.read_text()):
         rewards = Rewards()
         result = train(**run, callbacks=[rewards])
-        known = {"digest": result.digest, "steps": result.steps, "eval_loss": result.metrics.get("eval_loss")}
+        known = {"digest": result.digest, "steps": result.steps, "metrics": dict(result.metrics)}
         found.append({**known, "rewards": rewards.seen})
     path.with_name(f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 

@@ -278,12 +278,12 @@ def test_over_long_rows(tmp_path: Path, tokenizer: Any):
 def test_a_batch_keeps_just_the_logits_that_labels_need():
     short = Example([7, 8, 9], [IGNORED, 8, 9]).feature()
     long = Example([4, 5, 6, 7, 8], [IGNORED] * 3 + [7, 8]).feature()
-    whole = PaddingCollator(0, crop_logits=False)([short, long])
+    whole = PaddingCollator(crop_logits=False)([short, long])
     assert whole["input_ids"].tolist() == [[7, 8, 9, 0, 0], [4, 5, 6, 7, 8]]
     assert whole["labels"].tolist() == [[-100, 8, 9, -100, -100], [-100, -100, -100, 7, 8]]
-    cropped = PaddingCollator(0, crop_logits=True)([long])
+    cropped = PaddingCollator(crop_logits=True)([long])
     assert (cropped["logits_to_keep"], cropped["labels"].tolist()) == (3, [[-100, 7, 8]])
-    assert PaddingCollator(0, crop_logits=True)([short, long])["logits_to_keep"] == 5
+    assert PaddingCollator(crop_logits=True)([short, long])["logits_to_keep"] == 5
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "gemma2"])
@@ -291,7 +291,7 @@ def test_cropping_changes_no_loss(shape: str):
     model = build_model(shape)
     examples = [Example([7, 8, 9], [IGNORED, IGNORED, 9]), Example([4, 5, 6, 7, 8], [IGNORED] * 3 + [7, 8])]
     rows = [example.feature() for example in examples]
-    losses = [model(**PaddingCollator(0, crop_logits=crop)(rows)).loss for crop in (False, True)]
+    losses = [model(**PaddingCollator(crop_logits=crop)(rows)).loss for crop in (False, True)]
     torch.testing.assert_close(losses[0], losses[1])
 
 

@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_transformers_loss(task: str, qwen2: Path, data:
     rows = read_rows(data[task], task)
     encoded = encode_labelled(rows, result.tokenizer, data[task], NAMES, max_length=64)
     adapter: Any = result.adapter
-    result.model(**PaddingCollator(0, crop_logits=True)(encoded.features())).loss.backward()
+    result.model(**PaddingCollator(crop_logits=True)(encoded.features())).loss.backward()
     base = CLASSES[task].from_pretrained(qwen2, num_labels=3, pad_token_id=0).eval()
     if hasattr(base, "dropout"):
         base.dropout = torch.nn.Identity()

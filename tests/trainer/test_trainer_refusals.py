@@ -59,6 +59,7 @@ def refusal(rows: Path, folder: Path, given: dict[str, Any]) -> str:
         ({"lr_scheduler_kwargs": "fast"}, "lr-scheduler-kwargs: expected a JSON object, got 'fast'"),
         ({"push_to_hub": True}, "push-to-hub: is not offered: `hf upload"),
         ({"hub_model_id": "me/mine"}, "hub-model-id: is not offered"),
+        ({"fp16": True}, "fp16: is for GPUs, .*: give --bf16"),
         ({"bf16_full_eval": True}, "bf16-full-eval: would round what is trained"),
         ({"use_liger_kernel": True}, "use-liger-kernel: is not offered"),
         ({"eval_strategy": "steps"}, f"eval-strategy: {NO_ROWS}"),

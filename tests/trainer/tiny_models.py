@@ -111,7 +111,7 @@ def teach(model: Any, rows: list[dict[str, str]], steps: int = 250) -> None:
     tokenizer, draw = build_tokenizer(), random.Random(0)
     ids = [(tokenizer(r["prompt"])["input_ids"], tokenizer(r["completion"])["input_ids"] + [2]) for r in rows]
     examples = [Example(p + c, [-100] * len(p) + c).feature() for p, c in ids]
-    collate = PaddingCollator(0, crop_logits=True)
+    collate = PaddingCollator(crop_logits=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for _ in range(steps):

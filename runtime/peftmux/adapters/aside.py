@@ -38,22 +38,20 @@ def folder_aside(target: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path, target)
         os.close(lock)
 
 
 def put_in_place(aside: Path, target: Path) -> None:
-    """Rename `aside`'s folder `new` to `target`. What was there is moved into `aside`, and goes with it."""
+    """Rename `aside`'s folder `new` to `target`. What was there is moved into `aside`, and goes with it; it comes back
+    where this is cut off between the two renames."""
     if target.exists():
         os.rename(target, aside / "old")
     os.rename(aside / "new", target)
 
 
 def remove_leftovers(target: Path) -> list[Path]:
-    """Remove what killed processes left beside `target`, and nothing that a live one is writing. Returns what went.
-
-    One that was replacing `target` by a rename, and had only moved the old one away, gets that put back.
-    """
+    """Remove what killed processes left beside `target`, and nothing that a live one is writing. Returns what went."""
     removed = []
     for path in _candidates(target):
         try:
@@ -63,14 +61,19 @@ def remove_leftovers(target: Path) -> list[Path]:
         if lock is None:
             continue
         try:
-            if (path / "old").is_dir() and not target.exists():
-                with suppress(OSError):
-                    os.rename(path / "old", target)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path, target)
             removed.append(path)
         finally:
             os.close(lock)
     return removed
+
+
+def _remove(aside: Path, target: Path) -> None:
+    """Where `put_in_place` had only moved the old one away, that is put back."""
+    if (aside / "old").is_dir() and not target.exists():
+        with suppress(OSError):
+            os.rename(aside / "old", target)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def in_use(target: Path) -> bool:

@@ -45,7 +45,7 @@ _OLD = (*CONFIGS, INTERFACE, *TENSORS, TENSOR_FILE)
 
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """Write a folder's files, by name or by `sub-folder/name`, configs last; the folder as in `write_adapter`."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link stays, and what it leads to is written
     with folder_aside(folder) as aside:
         for name, data in files.items():
             (aside / name).parent.mkdir(exist_ok=True)

@@ -11,6 +11,10 @@ import torch
 
 from peftmux.trainer.data.encode import IGNORED
 
+PADDING = 0
+"""A token that every base has. No real token sees it and nothing is learned of it, so which one it is makes no
+difference; a tokenizer's own may have been added to it without a row in the base's embedding."""
+
 
 @dataclass(frozen=True, slots=True)
 class PaddingCollator:
@@ -21,13 +25,12 @@ class PaddingCollator:
     some label needs, and the labels of just these; K = T otherwise.
     """
 
-    pad_id: int
     crop_logits: bool
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`features` as Example.feature() gives them."""
         longest = max(len(f["input_ids"]) for f in features)
-        ids = np.full((len(features), longest), self.pad_id, dtype=np.int64)
+        ids = np.full((len(features), longest), PADDING, dtype=np.int64)
         labels = np.full((len(features), longest), IGNORED, dtype=np.int64)
         for row, feature in enumerate(features):
             ids[row, : len(feature["input_ids"])] = feature["input_ids"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftmux.trainer.data.collate import PADDING
 from peftmux.trainer.data.encode import IGNORED
 
 
@@ -42,12 +43,10 @@ class PackedCollator:
     attention mask. The first token of a row is not predicted: its label is IGNORED.
     """
 
-    pad_id: int
-
     def __call__(self, packs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`packs` as `pack_features` gives them."""
         longest = max(pack["length"] for pack in packs)
-        ids = np.full((len(packs), longest), self.pad_id, dtype=np.int64)
+        ids = np.full((len(packs), longest), PADDING, dtype=np.int64)
         labels = np.full((len(packs), longest), IGNORED, dtype=np.int64)
         positions = np.zeros((len(packs), longest), dtype=np.int64)
         for row, pack in enumerate(packs):

@@ -81,7 +81,7 @@ def model_card(facts: CardFacts) -> str:
         "",
         "## Training",
         "",
-        *_table({name: json.dumps(value) for name, value in facts.training.items()}),
+        *_table({name: json.dumps(value, default=str) for name, value in facts.training.items()}),
         "",
         "## Method",
         "",

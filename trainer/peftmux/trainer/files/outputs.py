@@ -16,14 +16,14 @@ from peftmux.trainer.settings.options import RunOptions
 
 def check_out(options: RunOptions) -> None:
     """Raises OptionError where the adapter cannot be put. What a killed run left beside `out` is removed."""
-    out = Path(options.out)
     try:
+        out = Path(options.out).resolve()  # what a link leads to is written
         if out.is_file():
             raise OptionError("out", f"expected a folder or nothing at {out}, found a file")
         if out.is_dir() and any(out.iterdir()) and not (options.overwrite or options.dry_run):
             raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
-    except OSError as error:
-        raise OptionError("out", f"{out}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # Python before 3.13 raises the second for links in a circle
+        raise OptionError("out", f"{options.out}: {getattr(error, 'strerror', None) or error}") from None
     if options.dry_run:
         return
     _check_writable("out", out if out.is_dir() else out.parent)
@@ -31,7 +31,7 @@ def check_out(options: RunOptions) -> None:
     if in_use(out):
         raise OptionError("out", f"another run is writing to {out}")
     if options.publish:
-        check_published(Path(options.publish), out.name)
+        check_published(Path(options.publish), Path(options.out).name)
 
 
 def check_output_dir(args: TrainingArguments) -> None:

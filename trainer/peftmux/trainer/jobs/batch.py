@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from peftmux.trainer.data.collate import PADDING
 from peftmux.trainer.data.encode import IGNORED
 
 
@@ -31,7 +32,7 @@ class JoinedBatch:
         return {"input_ids": self.input_ids, "labels": self.labels, **keep}
 
 
-def join(batches: Sequence[Mapping[str, Any]], pad_id: int) -> JoinedBatch:
+def join(batches: Sequence[Mapping[str, Any]]) -> JoinedBatch:
     """Each as the collator made it: input_ids [B_j, T_j], labels [B_j, K_j] of the last K_j positions."""
     width = max(batch["input_ids"].shape[1] for batch in batches)
     first = min(batch["input_ids"].shape[1] - batch["labels"].shape[1] for batch in batches)
@@ -39,7 +40,7 @@ def join(batches: Sequence[Mapping[str, Any]], pad_id: int) -> JoinedBatch:
     for batch in batches:
         length = batch["input_ids"].shape[1]
         missing = length - batch["labels"].shape[1]
-        ids.append(pad(batch["input_ids"], (0, width - length), value=pad_id))
+        ids.append(pad(batch["input_ids"], (0, width - length), value=PADDING))
         labels.append(pad(batch["labels"], (missing - first, width - length), value=IGNORED))
     cropped = "logits_to_keep" in batches[0]  # one model's, so all or none
     return JoinedBatch(torch.cat(ids), torch.cat(labels), tuple(len(part) for part in ids), cropped)

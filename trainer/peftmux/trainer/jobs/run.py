@@ -30,8 +30,8 @@ class JobRun:
     specs: Sequence[JobSpec]
     changes: Callable[[], Changes] = Changes
     """Asked between rounds."""
-    together: Callable[[Any, int], Together] = Together
-    """What makes the passes, of the model and the padding's id."""
+    together: Callable[[Any], Together] = Together
+    """What makes the passes of the model."""
     results: dict[str, TrainResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ class JobRun:
                 jobs.append(_start(spec, model, tokenizer, files))
             del files
             with _Progress() as progress:
-                together = self.together(model, tokenizer.pad_token_id or 0)
+                together = self.together(model)
                 jobs[:] = [job for job in jobs if self._advance(job)]
                 while jobs:
                     together.round(jobs)

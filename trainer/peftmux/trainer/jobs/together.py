@@ -30,9 +30,8 @@ class Together:
     up to 1e-3 for mixtures and PiSSA. What a job draws is the same in both.
     """
 
-    def __init__(self, model: Any, pad_id: int) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._pad_id = pad_id
         self._most = CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
         self._first = True
         self._apart = ""
@@ -71,7 +70,7 @@ class Together:
             print(f"every job has passes of its own, as fast as one after another: {why}", file=sys.stderr)
 
     def _pass(self, jobs: Sequence[Job]) -> None:
-        batch = join([job.batch for job in jobs if job.batch is not None], self._pad_id)
+        batch = join([job.batch for job in jobs if job.batch is not None])
         host = Host.of(self._model)
         with ExitStack() as stack:
             for job in jobs:

@@ -138,6 +138,7 @@ class TripletLinear(LinearChange):
 class AdaLoraAdapter(AttachedAdapter):
     """Follows the training: scores after each step, and an allocation where the schedule has one."""
 
+    has_phases = True
     config: AdaLoraConfig
     total_steps = 1
 

@@ -49,6 +49,8 @@ class AttachedAdapter:
     """Says which tokens see each other whatever their order."""
     takes_images = False
     """Rows of its data may have images, which `place` puts among their tokens."""
+    has_phases = False
+    """What its steps do depends on the run's length: it cannot go on as a longer run."""
     has_files = True
     """What it would write can be told before its training has ended."""
     head: nn.Module | None = None

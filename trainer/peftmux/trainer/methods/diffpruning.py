@@ -119,6 +119,7 @@ def _gate(alpha: Tensor, draws: torch.Generator | None) -> Tensor:
 class DiffPruningAdapter(AttachedAdapter):
     """Chooses the entries when the first phase is over, at the latest when the training has ended."""
 
+    has_phases = True
     has_files = False
     config: DiffPruningConfig
     seed: int

@@ -59,6 +59,7 @@ class HeadedAdapter(AttachedAdapter):
         self._beside_prompt = inner._fields["peft_type"] in _PROMPTS
         self.head = head
         self.prefix, self.virtual, self.has_files = inner.prefix, inner.virtual, inner.has_files
+        self.has_phases = inner.has_phases
         self._model = model
         self.kind, self.key, self.changes, self.notes = inner.kind, inner.key, inner.changes, inner.notes
         self.modules = nn.ModuleDict({**dict(inner.modules.items()), "head": head})

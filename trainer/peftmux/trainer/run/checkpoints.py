@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 from peftmux.adapters.aside import folder_held
 from peftmux.adapters.files import CHECKPOINT_FILE
 from peftmux.trainer.errors import OptionError
+from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import RunOptions
 
-CHECKPOINT_TENSORS = CHECKPOINT_FILE
 CHECKPOINT_RUN = "run.json"
 CHECKPOINT_LOSS = "loss_so_far"
 """In the file of the run; nothing that runs have to share."""
@@ -23,9 +23,6 @@ CHECKPOINT_LAST = "trainer_state.json"
 """transformers writes it last: a checkpoint without it, or with half of it, was cut off."""
 _LOOP = ("optimizer.pt", "scheduler.pt")
 """What --save-only-model leaves out, beside the states of the random numbers."""
-
-_BY_LENGTH = ("adalora", "diffpruning")
-"""Methods with phases that are shares of the run."""
 
 
 @contextmanager
@@ -63,7 +60,7 @@ def resume_point(options: RunOptions, args: TrainingArguments) -> Path | None:
     else:
         return None
     sharded = bool(getattr(args, "fsdp", None) or getattr(args, "deepspeed", None))  # these have files of their own
-    wanted = [CHECKPOINT_TENSORS, CHECKPOINT_RUN, CHECKPOINT_LAST, *(() if sharded else _LOOP)]
+    wanted = [CHECKPOINT_FILE, CHECKPOINT_RUN, CHECKPOINT_LAST, *(() if sharded else _LOOP)]
     missing = [name for name in wanted if not (folder / name).is_file()]
     if not list(folder.glob("rng_state*.pth")):
         missing.append("rng_state.pth")
@@ -85,11 +82,13 @@ def check_same_run(checkpoint: Path, run: Mapping[str, object]) -> None:
                 f"the checkpoint is of an older version, which did not note its {name}: train again from the start"
             )
             raise OptionError("resume", message)
+        if name == "model" and stored.get(name) != value:
+            raise OptionError("resume", f"{checkpoint} was written with another base: its files differ")
         if stored.get(name) != value:
             raise OptionError("resume", f"the checkpoint was written with {name} {stored.get(name)!r}, got {value!r}")
 
 
-def check_length(checkpoint: Path, args: TrainingArguments, steps: int, method: object) -> None:
+def check_length(checkpoint: Path, args: TrainingArguments, steps: int, adapter: AttachedAdapter) -> None:
     """steps: what the run that goes on has in all. Another number than before is exact only where no rate depends on
     it. Raises OptionError."""
     state = json.loads((checkpoint / CHECKPOINT_LAST).read_text())
@@ -98,8 +97,8 @@ def check_length(checkpoint: Path, args: TrainingArguments, steps: int, method: 
     constant = schedule in ("constant", "constant_with_warmup") and not 0 < args.warmup_steps < 1
     if steps < done:
         raise OptionError("max-steps", f"expected {done} or more, which the checkpoint has done; got {steps}")
-    if steps != before and not (constant and method not in _BY_LENGTH):
-        why = f"{method}'s steps depend" if constant else f"the schedule {schedule} depends"
+    if steps != before and (adapter.has_phases or not constant):
+        why = f"{adapter.kind}'s steps depend" if constant else f"the schedule {schedule} depends"
         message = f"{why} on the run's length: expected {before} steps as in the checkpoint, got {steps}"
         raise OptionError("max-steps", message)
 

@@ -15,15 +15,11 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from peftmux.adapters.files import CHECKPOINT_FILE
 from peftmux.adapters.float8 import keep_out_of_broadcasts
+from peftmux.trainer.host.processes import mean
 from peftmux.trainer.methods import AttachedAdapter
-from peftmux.trainer.run.checkpoints import (
-    CHECKPOINT_LOSS,
-    CHECKPOINT_RUN,
-    CHECKPOINT_TENSORS,
-    check_length,
-    check_same_run,
-)
+from peftmux.trainer.run.checkpoints import CHECKPOINT_LOSS, CHECKPOINT_RUN, check_length, check_same_run
 from peftmux.trainer.run.length_groups import EpochLengthSampler
 from peftmux.trainer.run.objective import EXTRAS, Preference, replaced_loss
 
@@ -52,7 +48,12 @@ class AdapterTrainer(Trainer):
             self.model_accepts_loss_kwargs = False  # a mean over rows, not a sum over the step's learned tokens
         self._lengths: EpochLengthSampler | None = None
         self._went_on_from: Path | None = None
-        self.add_callback(AdapterSteps(adapter))
+        self._pending = 0.0
+        """The losses since the last log added up, a mean over all processes, as of the last checkpoint."""
+        self._evaluated: tuple[int, dict[str, float]] | None = None
+        """The step of the last evaluation, and what it found; None once other tensors are back."""
+        self._counted: int | None = None
+        self.add_callback(AdapterSteps(self))
         self.add_callback(_LossSoFar(self))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
@@ -90,7 +91,20 @@ class AdapterTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.alone():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        self._evaluated = self.state.global_step, metrics
+        return metrics
+
+    def final_evaluation(self) -> dict[str, float]:
+        """Of what the run has ended with: the last step's own where there was one."""
+        step, metrics = self._evaluated or (-1, {})
+        return metrics if step == self.state.global_step == self.state.max_steps else self.evaluate()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' estimate of a pass, for which it walks through all parameters each time."""
+        if self._counted is None:
+            self._counted = self.accelerator.unwrap_model(self.model).num_parameters(exclude_embeddings=True)
+        return 6 * int(inputs["input_ids"].numel()) * self._counted
 
     def _preference_loss(self, model: Any, inputs: Any) -> Any:
         preference = self.preference
@@ -155,17 +169,21 @@ class AdapterTrainer(Trainer):
                 count = state.get("attributes", {}).get("early_stopping_patience_counter", 0)
                 callback.early_stopping_patience_counter = count
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._pending = float(mean(self._tr_loss))
+        super()._save_checkpoint(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in self.adapter.state().items()}, folder / CHECKPOINT_TENSORS)
+        save_file({k: v.cpu().contiguous() for k, v in self.adapter.state().items()}, folder / CHECKPOINT_FILE)
         (folder / CHECKPOINT_RUN).write_text(json.dumps({**self.run, CHECKPOINT_LOSS: self._loss_so_far()}))
 
     def _loss_so_far(self) -> dict[str, float]:
         """The sums that transformers keeps out of its checkpoints: of the logged steps, and of those after them."""
         return {
             "logged": self._total_loss_scalar,
-            "pending": float(self._tr_loss),
+            "pending": self._pending,
             "step_logged": self._globalstep_last_logged,
         }
 
@@ -173,7 +191,7 @@ class AdapterTrainer(Trainer):
         """After the Trainer has set its sums to 0. A checkpoint without the sums leaves them so."""
         if self._went_on_from is None:
             return
-        check_length(self._went_on_from, self.args, self.state.max_steps, self.run["method"])
+        check_length(self._went_on_from, self.args, self.state.max_steps, self.adapter)
         sums = json.loads((self._went_on_from / CHECKPOINT_RUN).read_text()).get(CHECKPOINT_LOSS)
         if sums is not None:
             self._total_loss_scalar = sums["logged"]
@@ -189,9 +207,10 @@ class AdapterTrainer(Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None, "the Trainer calls this only where a best checkpoint exists"
         self._restore(best)
+        self._evaluated = None
 
     def _restore(self, checkpoint: str) -> None:
-        self.adapter.restore(load_file(Path(checkpoint) / CHECKPOINT_TENSORS))
+        self.adapter.restore(load_file(Path(checkpoint) / CHECKPOINT_FILE))
 
 
 @contextmanager
@@ -207,14 +226,16 @@ def _known_to_have_adapters(model: Any) -> Iterator[None]:
 class AdapterSteps(TrainerCallback):
     """Tells the adapter where the run is."""
 
-    def __init__(self, adapter: AttachedAdapter) -> None:
-        self._adapter = adapter
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self._trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._adapter.before_step(state.global_step, state.max_steps)
+        self._trainer.adapter.before_step(state.global_step, state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._adapter.after_step(state.global_step, state.max_steps)
+        """A step whose float16 gradients overflowed is left out, and its gradients are no measure of anything."""
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._trainer.adapter.after_step(state.global_step, state.max_steps)
 
 
 class _LossSoFar(TrainerCallback):

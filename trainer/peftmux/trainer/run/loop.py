@@ -96,14 +96,15 @@ def prepare(
 ) -> Prepared:
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer; `files` are those of all
     runs that are made ready on it."""
-    check_out(options)
     files = files or DataFiles()
     places_tokens = method.places_tokens(config)
     if places_tokens and options.loss != NEXT_TOKEN:
         raise OptionError("loss", f"{options.loss} is not for {method.name}, whose tokens stand inside of the rows")
     args = training_arguments(options, training)
-    if not options.dry_run:
-        check_output_dir(args)
+    if args.process_index == 0:  # of several the one that writes
+        check_out(options)
+        if not options.dry_run:
+            check_output_dir(args)
     _check_resume(method, options, config, args, files)
     rows = files.rows(options.data, options)
     eval_rows = files.rows(options.eval_data, options) if options.eval_data else []
@@ -118,6 +119,9 @@ def prepare(
         raise OptionError("num-virtual-tokens", f"expected room for a row in the model's context, found {limit} tokens")
     limit, data = _limited(options, args, limit, lambda n: files.encoded(options.data, tokenizer, options, n, labels))
     eval_data = files.encoded(options.eval_data, tokenizer, options, limit, labels) if options.eval_data else None
+    _check_known(data, options.data, model)
+    if eval_data is not None:
+        _check_known(eval_data, options.eval_data, model)
 
     def tokenize(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -201,6 +205,15 @@ def _reserved(config: Any, task: str, rows: Sequence[Row]) -> int:
     return images + int(config.default_length(task) if given is None else given)
 
 
+def _check_known(data: DataFacts, path: str | None, model: Any) -> None:
+    """Raises DataError for a token that was added to the tokenizer without a row in the base's embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for example in data.encoded.examples:
+        if (most := max(example.input_ids)) >= rows:
+            message = f"token {most} of the tokenizer is not in the base's embedding, which has {rows} rows"
+            raise DataError(path or data.name, example.line, message)
+
+
 def _placed(data: DataFacts, adapter: AttachedAdapter, path: str | None) -> DataFacts:
     examples = []
     for example in data.encoded.examples:
@@ -236,5 +249,5 @@ def train_and_evaluate(trainer: AdapterTrainer, options: RunOptions) -> dict[str
         raise TrainerError("no step was made: nothing written; the data give no whole batch")
     trainer.adapter.training_ended()
     if options.eval_data:
-        metrics.update(trainer.evaluate())
+        metrics.update(trainer.final_evaluation())
     return {name: value for name, value in metrics.items() if name not in ("total_flos", "epoch")}

@@ -133,9 +133,7 @@ def _check_packing(ready: Prepared) -> None:
 
 
 def _collator(ready: Prepared) -> PaddingCollator | PackedCollator | PreferenceCollator:
-    tokenizer = ready.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if ready.options.packing:
-        return PackedCollator(pad or 0)
-    padding = PaddingCollator(pad or 0, "logits_to_keep" in inspect.signature(ready.model.forward).parameters)
+        return PackedCollator()
+    padding = PaddingCollator("logits_to_keep" in inspect.signature(ready.model.forward).parameters)
     return padding if ready.options.loss == NEXT_TOKEN else PreferenceCollator(padding)

@@ -63,6 +63,8 @@ def check_arguments(args: TrainingArguments) -> None:
         steps = getattr(args, f"{kind}_steps")
         if plain(getattr(args, f"{kind}_strategy")) == "steps" and not 0 < steps < math.inf:
             raise OptionError(f"{kind}-steps", f"expected more than 0, got {steps:g}")
+    if args.fp16 and args.device.type == "cpu":
+        raise OptionError("fp16", "is for GPUs, on a CPU nothing would be rounded: give --bf16")
     metric = args.metric_for_best_model
     if metric not in (None, "loss", "eval_loss"):
         raise OptionError("metric-for-best-model", f"expected eval_loss, which is all that is measured, got {metric!r}")

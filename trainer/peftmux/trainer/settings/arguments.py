@@ -105,6 +105,7 @@ def _defaults(options: RunOptions, given: Mapping[str, Any]) -> dict[str, Any]:
     evaluates = given.get("eval_strategy", "epoch" if options.eval_data else "no")
     values: dict[str, Any] = {
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it hides a run that diverges, and reads the loss from the device
         "eval_strategy": evaluates,
         "save_strategy": "no",
         "report_to": "none",
