@@ -82,7 +82,7 @@ def measured(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
         process = forks.Process(
-            target=write_record, args=(BASES[run.base], run.case.name, run.task, STEPS[run.base], out)
+            target=write_record, args=(BASES[run.base], run.case.name, run.task, STEPS[run.base][run.task], out)
         )
         process.start()
         process.join(LONGEST)

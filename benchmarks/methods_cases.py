@@ -13,8 +13,15 @@ from typing import Any, Literal
 from peftmux.demo.tasks import TASKS, Example, Task, draws, examples, letters
 from peftmux.trainer.methods import METHODS
 
-STEPS: Mapping[str, int] = {"base": 500, "small": 250}
-"""Of every run on a base, whatever the method."""
+TOLD, NEW = "reverse", "reverse-next"
+"""A task that the base does when it is told to, and one that it was never taught. No adapter's data tell."""
+CLASSES = "earliest"
+"""Where the earliest of the letters stands: the task of classifiers."""
+STEPS: Mapping[str, Mapping[str, int]] = {
+    "base": {TOLD: 500, CLASSES: 500, NEW: 1000},
+    "small": {TOLD: 250, CLASSES: 250, NEW: 250},
+}
+"""Of every run by base and task, whatever the method."""
 BATCH = 16
 """Rows of a step; no row is seen twice."""
 TRAINING: Mapping[str, Any] = {
@@ -26,10 +33,6 @@ TRAINING: Mapping[str, Any] = {
 }
 """Beside the steps and a method's own defaults: the learning rate is the method's."""
 HELD_OUT, EVALUATION_SEED = 200, 7
-TOLD, NEW = "reverse", "reverse-next"
-"""A task that the base does when it is told to, and one that it was never taught. No adapter's data tell."""
-CLASSES = "earliest"
-"""Where the earliest of the letters stands: the task of classifiers."""
 BESIDE = "sort"
 """What methods that learn several tasks, or fuse adapters of several, learn beside the one they are scored on."""
 NOT_HERE = {
