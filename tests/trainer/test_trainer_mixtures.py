@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftmux.trainer import OptionError
+from peftmux.trainer import OptionError, train
 from peftmux.trainer.files.export import export_adapter
 from peftmux.trainer.methods.loramoe import balance as variation
 from peftmux.trainer.methods.mixlora import balance, load
 from tests.trainer.lowered import check_parts_give_the_models_logits
-from tests.trainer.method_runs import (
-    check_learns,
-    check_whole_runs,
-)
+from tests.trainer.method_runs import QUICK, check_learns, check_whole_runs
 from tests.trainer.test_trainer_methods import attach
 from tests.trainer.tiny_models import build_model, random_ids, scramble
 
@@ -101,10 +99,11 @@ def test_the_balance_losses_are_the_papers():
     counted = torch.tensor([[True, True], [True, False]])
     importance = torch.tensor([0.7, 0.3, 0.2, 0.8])
     torch.testing.assert_close(variation(shares, counted), importance.var(correction=0) / importance.mean())
-    x = torch.tensor([[2.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
-    mean = x.softmax(1).mean(0)
-    torch.testing.assert_close(balance(*load(x.softmax(1))), 3 * (0.75 * mean[0] + 0.25 * mean[1]))
-    torch.testing.assert_close(balance(*load(torch.eye(3))), torch.tensor(1.0))
+    x = torch.tensor([[2.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
+    mean = x[:4].softmax(1).mean(0)
+    told = torch.tensor([[True, True, True, True, False]])
+    torch.testing.assert_close(balance(*load(x.softmax(1)[None], told)), 3 * (0.75 * mean[0] + 0.25 * mean[1]))
+    torch.testing.assert_close(balance(*load(torch.eye(3)[None], told[:, :3])), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +135,52 @@ def test_padding_does_not_change_the_balance(method: str, shape: str, options: d
     torch.testing.assert_close(adapter.regulariser(), found[0])
 
 
+@pytest.mark.parametrize("method", MIXTURES)
+def test_label_smoothing_keeps_the_balance(method: str, qwen2: Path, rows: Path, tmp_path: Path):
+    """transformers' Trainer then gives the model no labels."""
+    found = []
+    for smoothing in (0.0, 0.1):
+        training = {**QUICK, "max_steps": 1, "label_smoothing_factor": smoothing}
+        run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / f"{smoothing}", "training": training}
+        added = train(method, **run).adapter.regulariser()
+        assert added is not None
+        found.append(added)
+    assert found[0] > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Sizes(TorchDispatchMode):
+    """The operations whose results' sizes are in a tensor's values: for each the host waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        indices = args[1] if name.startswith("index.") else ()
+        masked = any(index is not None and index.dtype == torch.bool for index in indices)
+        if masked or name.split(".")[0] in ("nonzero", "bincount", "masked_select", "_local_scalar_dense"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_block_waits_for_no_expert(monkeypatch: pytest.MonkeyPatch):
+    """A GPU's results are read once a pass: how many tokens each expert has."""
+    lists: list[Tensor] = []
+    to_list = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: lists.append(self) or to_list(self))  # type: ignore[func-returns-value]
+    adapter = attach("mixlora", build_model("qwen2"))
+    change: Any = adapter.changes["model.layers.0.mlp"]
+    change.train()
+    monkeypatch.setattr(adapter, "_last", torch.tensor([4, 2]))
+    with Sizes() as sizes:
+        change.after(None, rows_of(2, 5, 32)).sum().backward()
+    assert change.load is not None
+    assert not sizes.seen, sizes.seen
+    assert [len(counts) for counts in lists] == [8]
+
+
 def test_a_router_that_prefers_one_expert_learns_to_spread():
     x, router = rows_of(64, 16) + 1.0, rows_of(4, 16) * 0.02
     router[0] += 0.1
@@ -143,7 +188,7 @@ def test_a_router_that_prefers_one_expert_learns_to_spread():
     optimizer = torch.optim.Adam([router], lr=0.02)
     losses = []
     for _ in range(30):
-        loss = balance(*load((x @ router.T).softmax(1)))
+        loss = balance(*load((x @ router.T).softmax(1)[None], torch.ones(1, 64, dtype=torch.bool)))
         losses.append(loss.item())
         loss.backward()
         optimizer.step()

@@ -131,6 +131,9 @@ class AttachedAdapter:
         """Parameter groups as torch optimisers take them; a group without "lr" has the run's."""
         return [{"params": list(self.parameters.values()), "weight_decay": weight_decay}]
 
+    def before_pass(self, labels: Tensor | None) -> None:
+        """The micro-batch's, [B, K] of the last K positions: with label smoothing the model is not given them."""
+
     def regulariser(self) -> Tensor | None:
         """What the method adds to the loss, a scalar; None: nothing."""
         return None

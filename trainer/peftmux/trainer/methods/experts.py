@@ -65,6 +65,7 @@ class RoutedAdapter(AttachedAdapter):
 
     balance_weight = 0.0
     _hook: RemovableHandle | None = None
+    _labels: Tensor | None = None
     _last: Tensor | None = None
 
     def installed(self) -> None:
@@ -74,10 +75,13 @@ class RoutedAdapter(AttachedAdapter):
         if self._hook is not None:
             self._hook.remove()
 
+    def before_pass(self, labels: Tensor | None) -> None:
+        self._labels = labels
+
     def _find_ends(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        labels, ids = kwargs.get("labels"), args[0] if args else kwargs.get("input_ids")
+        labels, ids = kwargs.get("labels", self._labels), args[0] if args else kwargs.get("input_ids")
         rows = Host.of(self._model).rows_of(self.key)
-        self._last = None
+        self._last = self._labels = None
         if labels is None or ids is None or rows is None:
             return
         places = torch.arange(ids.shape[1] - labels.shape[1], ids.shape[1], device=ids.device)

@@ -3,8 +3,8 @@ chooses some for each token; plain LoRA at the attention's projections.
 
     balance loss = weight * E * sum_e F_e P_e,   F_e the share of tokens whose first choice is e, P_e e's mean share
 
-Tokens are computed expert by expert: `peftmux.kernels.mixture`'s definition is met for each, without a copy of the
-experts' factors for every token.
+Tokens are sorted by expert: `peftmux.kernels.mixture`'s definition is met for each, without a copy of the experts'
+factors for every token, and the host waits for the device once a block, for how many each expert has.
 """
 
 from __future__ import annotations
@@ -79,34 +79,32 @@ class MixtureBlock(Change):
         shares = all_shares(tokens, self.router)
         if self.training:
             found = self.adapter[0].counted(shares.view(*x.shape[:-1], -1))
-            self.load = None if found is None else load(found[0][found[1]])
+            self.load = None if found is None else load(*found)
         return self.mixed(tokens, *choose(shares, self.top_k)).view_as(x)
 
     def mixed(self, x: Tensor, shares: Tensor, chosen: Tensor) -> Tensor:
         """x: [N, D], shares of the chosen experts: [N, k] -> [N, D]."""
         block, outer = self._block, self._block.outer
-        inner = [self._layers[name](x) for name in block.inner]
-        hidden = torch.zeros(len(x), width_in(self._layers[outer]), dtype=shares.dtype, device=x.device)
-        added = torch.zeros(x.shape, dtype=shares.dtype, device=x.device)
-        for expert in range(len(self.router)):
-            tokens, choice = (chosen == expert).nonzero(as_tuple=True)
-            share = shares[tokens, choice].unsqueeze(1)
-            own = [
-                self._changed(y[tokens], x[tokens], name, expert) for name, y in zip(block.inner, inner, strict=True)
-            ]
-            h = block.activate(own)
-            hidden = hidden.index_add(0, tokens, share * h)
-            if outer in self.experts:
-                nothing = torch.zeros(len(tokens), x.shape[1], dtype=shares.dtype, device=x.device)
-                added = added.index_add(0, tokens, share * self._changed(nothing, h, outer, expert))
-        out: Tensor = self._layers[outer](hidden.to(x.dtype))
-        return (out + added).to(out.dtype)
+        places, counts = by_expert(chosen, len(self.router))
+        tokens, share = places // chosen.shape[1], shares.flatten()[places].unsqueeze(1)
+        given = x.index_select(0, tokens)
+        inner = {name: self._layers[name](x).index_select(0, tokens) for name in block.inner}
+        own = [self._changed(y, given, name, counts) for name, y in inner.items()]
+        h = block.activate(own)
+        nothing = torch.zeros(len(x), h.shape[1], dtype=shares.dtype, device=x.device)
+        out: Tensor = self._layers[outer](nothing.index_add(0, tokens, share * h).to(x.dtype))
+        if outer not in self.experts:
+            return out
+        added = self._changed(torch.zeros(given.shape, dtype=shares.dtype, device=x.device), h, outer, counts)
+        return out.to(shares.dtype).index_add(0, tokens, share * added).to(out.dtype)
 
-    def _changed(self, y: Tensor, x: Tensor, name: str, expert: int) -> Tensor:
+    def _changed(self, y: Tensor, x: Tensor, name: str, counts: list[int]) -> Tensor:
+        """y: [N k, out], x: [N k, in], so many of each expert, in their order."""
         if name not in self.experts:
             return y
         experts: Any = self.experts[name]
-        return apply_linear_part(y, x, LinearPart(experts.A[expert], experts.B[expert], self.scale))
+        pieces = zip(y.split(counts), x.split(counts), experts.A, experts.B, strict=True)
+        return torch.cat([apply_linear_part(y, x, LinearPart(a, b, self.scale)) for y, x, a, b in pieces])
 
     def file_tensors(self) -> Mapping[str, Tensor]:
         named: dict[str, Tensor] = {"moe_gate.weight": self.router}
@@ -127,9 +125,21 @@ class MixLoraAdapter(RoutedAdapter):
         return self.balance_weight * balance(counts, shares).mean()
 
 
-def load(shares: Tensor) -> tuple[Tensor, Tensor]:
-    """shares: [N, E] -> `MixtureBlock.load`."""
-    return torch.bincount(shares.argmax(1), minlength=shares.shape[1]), shares.sum(0)
+def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, list[int]]:
+    """chosen: [N, k] -> the places in its flat form sorted by expert [N k], and how many each expert has.
+
+    The counts are all that the host waits for.
+    """
+    found, places = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(found, torch.arange(experts, device=chosen.device), right=True)
+    return places, ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+def load(shares: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """shares: [B, T, E], counted: [B, T] -> `MixtureBlock.load`; without a wait for the device."""
+    told = counted.unsqueeze(-1)
+    first = shares.argmax(-1, keepdim=True) == torch.arange(shares.shape[-1], device=shares.device)
+    return (first & told).sum((0, 1)), torch.where(told, shares, 0).sum((0, 1))
 
 
 def balance(counts: Tensor, shares: Tensor) -> Tensor:

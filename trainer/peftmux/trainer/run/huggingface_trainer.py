@@ -69,6 +69,7 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        self.adapter.before_pass(inputs.get("labels"))
         if self.preference is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
