@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import _StoreFalseAction
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,20 @@ def test_the_file_holds_both_kinds_of_options(tmp_path: Path):
     assert "eval_data" not in given
 
 
+SWITCHED = [action.dest for action in build_parser("lora")._actions if isinstance(action, _StoreFalseAction)]
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_what_is_on_by_default_can_be_set_both_ways(name: str, tmp_path: Path):
+    """transformers has a --no_x for each of these, beside --x."""
+    for value in (True, False):
+        file = tmp_path / "run.yaml"
+        file.write_text(f"{name.replace('_', '-')}: {str(value).lower()}\n")
+        assert parse("lora", "--config", str(file))[name] is value
+        assert parse("lora", env={f"PEFTMUX_{name.upper()}": str(value)})[name] is value
+    assert parse("lora", f"--no_{name}")[name] is False
+
+
 def test_flags_win_over_the_environment_over_the_file(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("max_steps: 1\nseed: 1\nr: 1\n")
@@ -173,6 +188,9 @@ def test_usage(capsys: pytest.CaptureFixture[str]):
     assert main(["lora", "--help"]) == 0
     assert "--rank-pattern JSON" in capsys.readouterr().out
     assert main(["lora", "--model", "m"]) == 2
+    for words in (["--watch", "--jobs", "none.yaml"], ["--resume", "--jobs=none.yaml"]):
+        assert main(words) == 1
+        assert "none.yaml: No such file" in capsys.readouterr().err
     assert main(["lora", *REQUIRED, "--ranks", "4"]) == 2
 
 

@@ -141,7 +141,8 @@ def test_experts_are_estimated_roughly(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_dry_run_leaves_the_adapter_as_it_starts(qwen2: Path, rows: Path, tmp_path: Path):
     untouched = {"training": {"max_steps": 1, "learning_rate": 0.0, "disable_tqdm": True}}
     options: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a"}
-    adapters = [train("adalora", **options, **run).adapter for run in ({"dry_run": True}, untouched)]
+    dry = {"dry_run": True, "eval_data": rows, "training": {"eval_on_start": True}}
+    adapters = [train("adalora", **options, **run).adapter for run in (dry, untouched)]
     parts = [adapter.state() for adapter in adapters]
     assert all(torch.equal(tensor, parts[0][name]) for name, tensor in parts[1].items() if "lora" in name)
 

@@ -14,11 +14,14 @@ import yaml
 from safetensors.torch import load_file
 
 from peftmux.adapters.aside import folder_aside
+from peftmux.adapters.files import read_adapter
 from peftmux.trainer import OptionError, train
 from peftmux.trainer.cli import main
 from peftmux.trainer.errors import DataError
-from peftmux.trainer.jobs.file import JobsFile, read_jobs
+from peftmux.trainer.jobs.file import JobsFile, read_jobs, split_options
 from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.jobs.sweep import run_sweep
+from peftmux.trainer.methods import METHODS
 from peftmux.trainer.run import data_files
 from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.tiny_models import copy_task, write_rows
@@ -120,6 +123,18 @@ BAD: dict[str, tuple[Any, str]] = {
     "an option": ([{"name": "a", "method": "lora", "rank": 4}], r"job 1 \(a\).*no such option 'rank'"),
     "a value": ([{"name": "a", "method": "lora", "r": 0}], r"job 1 \(a\): r: expected 1 or more"),
     "a type": ([{"name": "a", "method": "lora", "r": "four"}], r"job 1 \(a\): r.*invalid int"),
+    "no value": (
+        [{"name": "a", "method": "lora", "target_modules": []}],
+        r"job 1 \(a\): target-modules: expected at le",
+    ),
+    "values of one": (
+        [{"name": "a", "method": "lora", "r": [1, 2]}],
+        r"job 1 \(a\): r: expected one value, got \[1, 2\]",
+    ),
+    "a flag for a value": (
+        [{"name": "a", "method": "lora", "target_modules": ["q_proj", "--help"]}],
+        r"job 1 \(a\): target-modules: expected values that do not begin with a dash, got '--help'",
+    ),
     "a method": ([{"name": "a", "method": "loro"}], r"job 1 \(a\): method: expected one of"),
     "no name": ([{"method": "lora"}], "job 1: expected a name"),
     "a sweep": ([{"name": "a", "method": "lora", "sweep": "r=1,2"}], r"job 1 \(a\): sweep: trains several"),
@@ -169,7 +184,12 @@ LINES: dict[str, tuple[bytes, str]] = {
         r"jobs\.yaml:4: key 'max_steps' is there twice",
     ),
     "no YAML": (b"jobs:\n- {name: a\n- b: [\n", r"jobs\.yaml:3: expected YAML"),
+    "no data": (
+        b"jobs:\n- {name: a, method: ln, out: o, model: m}\n",
+        r"jobs\.yaml:2: job 1 \(a\): options: the following arguments are required: --data\n",
+    ),
     "no UTF-8": (b"jobs:\n- name: caf\xe9\n", r"jobs\.yaml:2: expected UTF-8 text"),
+    "an empty list": (b"jobs: []\n", r"jobs\.yaml: expected `jobs`, a list"),
     "nothing": (b"", r"jobs\.yaml: expected `jobs`, a list"),
     "no list": (b"jobs: lora\n", r"jobs\.yaml: expected `jobs`, a list"),
     "no options": (b"jobs:\n- lora\n", r"jobs\.yaml:2: job 1: expected options by name, found str"),
@@ -243,6 +263,16 @@ def test_a_sweep_chooses_as_solo_runs_would(qwen2: Path, few: Path, tmp_path: Pa
     assert main([*words, "--sweep", "learning_rate=1e30,1e29"]) == 1
     assert "no value is left: learning_rate=1e30: the run diverged" in capsys.readouterr().err
     assert_equal(tensors(out), kept)
+
+
+def test_what_a_sweep_returns_is_there(qwen2: Path, few: Path, tmp_path: Path):
+    given = {"model": str(qwen2), "data": str(few), "eval_data": str(few), "out": str(tmp_path / "a"), "max_steps": 2}
+    result = run_sweep(split_options("lora", METHODS["lora"], {**given, "sweep": "r=2,3"}), given)
+    assert result.kept.out == tmp_path / "a"
+    assert json.loads((result.kept.out / "adapter_config.json").read_text())["r"] == int(result.best)
+    assert read_adapter(result.kept.out).digest == result.kept.digest
+    assert [(value, run.steps) for value, run in result.runs.items()] == [("2", 2), ("3", 2)]
+    assert result.runs["3"].parameters * 2 == result.runs["2"].parameters * 3
 
 
 @pytest.mark.parametrize(

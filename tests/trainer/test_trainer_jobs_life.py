@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from peftmux.trainer import OptionError, train
 from peftmux.trainer.cli import main
+from peftmux.trainer.host.host import Place
 from peftmux.trainer.jobs.file import Changes, JobsFile, read_jobs, resumed
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.jobs.together import Together, grouped
+from peftmux.trainer.methods import AttachedAdapter
 from peftmux.trainer.run import loop
+from peftmux.trainer.run.base_model import load_base
 from tests.trainer.method_runs import assert_equal, tensors
 from tests.trainer.test_trainer_jobs import TOLERANCE, jobs_file
 from tests.trainer.tiny_models import copy_task, write_rows
@@ -127,6 +132,91 @@ def test_a_bad_job_that_joins_does_not_stop_the_others(qwen2: Path, few: Path, t
     assert run.run().keys() == {"short"}
     assert "broken.jsonl:1: " in run.failed["bad"]
     assert "expected 'auto' for every job, other has 'bfloat16'" in run.failed["other"]
+
+
+def test_nothing_of_a_job_that_cannot_begin_is_left_in_the_model(
+    qwen2: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """Wherever it was refused: by the shared pass, by a row its template does not fit, by an error nobody foresaw."""
+    bad: list[dict[str, Any]] = [
+        {"name": "packs", "method": "lora", "packing": True},
+        {
+            "name": "labels",
+            "method": "lora",
+            "task": "sequence",
+            "data": str(tmp_path / "labelled.jsonl"),
+            "bf16": True,
+        },
+        {"name": "far", "method": "p-tuning", "template": ["1@100"]},
+        {"name": "odd", "method": "houlsby"},
+    ]
+    write_rows(tmp_path / "labelled.jsonl", [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(4)])
+
+    def check_served(adapter: Any, *_: Any) -> None:
+        if adapter.kind == "houlsby":
+            raise ValueError("no such thing")
+
+    monkeypatch.setattr(loop, "check_served", check_served)
+    changes = iter([Changes(read_jobs(jobs_file(tmp_path, qwen2, few, bad)))])
+    run = JobRun(read_jobs(jobs_file(tmp_path, qwen2, few, SPECS[:1])), lambda: next(changes, Changes()))
+    model = run.run()["short"].model
+    assert run.failed.keys() == {"packs", "labels", "far", "odd"}
+    assert run.failed["odd"] == "ValueError: no such thing"
+    assert "Traceback" in capsys.readouterr().err
+    assert not [name for name, module in model.named_modules() if isinstance(module, Place | AttachedAdapter)]
+    assert model.state_dict().keys() == load_base(run.specs[0].options)[0].state_dict().keys()
+
+
+def test_a_watched_file_without_what_a_job_needs_is_said(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    """An entry without data, as it looks while somebody writes it: the jobs that run go on."""
+    path = jobs_file(tmp_path, qwen2, few, SPECS[:1])
+    file = JobsFile(path)
+    file.read()
+    content = yaml.safe_load(path.read_text())
+    content["jobs"][0]["data"] = content["defaults"].pop("data")
+    path.write_text(yaml.safe_dump({**content, "jobs": [*content["jobs"], {"name": "b", "method": "ia3", "out": "b"}]}))
+    assert file.changes() == Changes()
+    assert "job 2 (b): options: the following arguments are required: --data\n" in capsys.readouterr().err
+
+
+def test_the_last_job_of_a_watched_file_can_be_taken_out(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
+    file = JobsFile(jobs_file(tmp_path, qwen2, few, SPECS[:1]))
+    file.read()
+    jobs_file(tmp_path, qwen2, few, [])
+    assert file.changes() == Changes([], {"short"})
+    (tmp_path / "jobs.yaml").write_text("defaults: {}\n")
+    assert file.changes() == Changes()
+    assert "jobs.yaml: expected `jobs`, a list" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="expected `jobs`, a list"):
+        JobsFile(jobs_file(tmp_path, qwen2, few, [])).read()
+
+
+def test_a_fusion_is_seen_to_be_done(qwen2: Path, few: Path, tmp_path: Path):
+    """It has no files at the top of its folder."""
+    members = [str(tmp_path / name) for name in ("m1", "m2")]
+    for out in members:
+        train("pfeiffer", model=qwen2, data=few, out=out, training={"max_steps": 1})
+    fused = {"name": "fused", "method": "fusion", "adapters": members, "max_steps": 1}
+    path = jobs_file(tmp_path, qwen2, few, [fused])
+    assert [spec.name for spec in resumed(read_jobs(path))] == ["fused"]
+    JobRun(read_jobs(path)).run()
+    assert resumed(read_jobs(path)) == []
+
+
+def test_a_job_that_overwrites_goes_on_and_is_done_once(qwen2: Path, few: Path, tmp_path: Path):
+    """The adapter that it is to replace does not count for it, and its own does."""
+    train("lora", model=qwen2, data=few, out=tmp_path / "out" / "long", training={"max_steps": 1})
+    path = jobs_file(tmp_path, qwen2, few, SPECS[1:2], overwrite=True)
+    before = tensors(tmp_path / "out" / "long").keys()
+    with pytest.raises(KeyboardInterrupt):
+        JobRun(read_jobs(path), together=Cut).run()
+    left = resumed(read_jobs(path))
+    assert [(spec.name, spec.options.resume) for spec in left] == [("long", True)]
+    assert JobRun(left).run()["long"].steps == 9
+    assert tensors(tmp_path / "out" / "long").keys() > before
+    assert resumed(read_jobs(path)) == []
+    shutil.rmtree(tmp_path / "out" / "long.checkpoints")
+    assert resumed(read_jobs(path)) == []
 
 
 def test_what_a_watched_file_says_of_jobs_that_run(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):

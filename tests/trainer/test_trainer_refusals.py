@@ -103,6 +103,14 @@ def test_training_arguments_that_cannot_be_meant(training: dict[str, Any], messa
         ({"max_length": "10"}, "max-length: expected int or auto, got '10'"),
         ({"resume": True, "sweep": "r=1,2"}, "resume: goes on with one run"),
         ({"resume": True, "training": {"resume_from_checkpoint": "x"}}, "resume: takes the newest checkpoint"),
+        (
+            {"eval_data": "d", "early_stopping_patience": 1, "training": {"eval_strategy": "no"}},
+            "early-stopping-patience: stops by evaluations: not with --eval-strategy no",
+        ),
+        (
+            {"packing": True, "training": {"train_sampling_strategy": "batch_rebalance"}},
+            "train-sampling-strategy: batch_rebalance weighs rows by length: not with --packing",
+        ),
         ({"resume": True}, r"resume: found no complete checkpoint in .*a\.checkpoints"),
     ],
 )

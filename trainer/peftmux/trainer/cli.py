@@ -24,8 +24,9 @@ def main(argv: Sequence[str]) -> int:
     from peftmux.trainer.methods import METHODS
 
     argv = _unaliased(argv)
-    jobs = bool(argv) and argv[0].split("=")[0] == "--jobs"
-    if not jobs and (not argv or argv[0] not in METHODS):
+    one = bool(argv) and argv[0] in METHODS
+    jobs = not one and any(word.partition("=")[0] == "--jobs" for word in argv)
+    if not one and not jobs:
         return _overview(argv)
     try:
         with _terminable():

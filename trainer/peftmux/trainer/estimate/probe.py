@@ -33,6 +33,7 @@ class Probe:
         args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 2)
         args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
         args.load_best_model_at_end, args.disable_tqdm, args.report_to = False, True, []
+        args.eval_on_start = False
         self._ready = ready
         self._live = LiveBytes()
         self._watch = StepWatch(self._live)

@@ -127,6 +127,17 @@ class Host:
                 self.add(adapter)
 
     @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """What is attached within it is detached again where it raises."""
+        before = set(self._adapters)
+        try:
+            yield
+        except BaseException:
+            for key in self._adapters.keys() - before:
+                self._adapters[key].detach()
+            raise
+
+    @contextmanager
     def rows(self, counts: Mapping[str, int], draws: Mapping[str, Draws] | None = None) -> Iterator[None]:
         """Within it a batch holds so many rows of each adapter (by key), in this order.
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
+from peftmux.adapters.errors import AdapterError
+from peftmux.adapters.files import open_adapter
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import is_published, publish
 from peftmux.trainer.methods import Method, get_method, unaliased
-from peftmux.trainer.run.checkpoints import newest_checkpoint
+from peftmux.trainer.run.checkpoints import CHECKPOINT_LAST, newest_checkpoint
 from peftmux.trainer.settings.arguments import folder_beside
 from peftmux.trainer.settings.config_file import flags
 from peftmux.trainer.settings.options import SEVERAL, RunOptions, build_config
@@ -51,8 +53,11 @@ class JobsFile:
 
     def read(self) -> list[JobSpec]:
         """All jobs. Raises OptionError."""
+        return self._read(at_least=1)
+
+    def _read(self, at_least: int) -> list[JobSpec]:
         self._seen = self._signature()
-        specs = read_jobs(self._path)
+        specs = read_jobs(self._path, at_least)
         self._known = {spec.name: spec for spec in specs}
         return specs
 
@@ -63,7 +68,7 @@ class JobsFile:
             return Changes()
         known = self._known
         try:
-            specs = self.read()
+            specs = self._read(at_least=0)
         except OptionError as error:
             _say(str(error))
             return Changes()
@@ -85,10 +90,11 @@ def _say(text: str) -> None:
     print(f"peftmux train: {text}", file=sys.stderr, flush=True)
 
 
-def read_jobs(path: str | Path) -> list[JobSpec]:
+def read_jobs(path: str | Path, at_least: int = 1) -> list[JobSpec]:
     """Raises OptionError naming the file, the line, the job and the option. Each has a name and a folder of its own."""
     content, tree = read_yaml(path, "jobs")
-    if not isinstance(content, dict) or not isinstance(content.get("jobs"), list) or not content["jobs"]:
+    jobs = content.get("jobs") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(jobs, list) or len(jobs) < at_least:
         raise OptionError("jobs", f"{path}: expected `jobs`, a list, and perhaps `defaults`")
     if unknown := content.keys() - {"jobs", "defaults"}:
         raise OptionError("jobs", f"{path}: expected `jobs` and `defaults`, got {sorted(map(str, unknown))}")
@@ -96,7 +102,7 @@ def read_jobs(path: str | Path) -> list[JobSpec]:
     if not isinstance(defaults, dict):
         raise OptionError("jobs", f"{path}: defaults: expected options by name, found {type(defaults).__name__}")
     where = [f"{path}:{line}: job {i}" for i, line in enumerate(_job_lines(tree), start=1)]
-    specs = [_job(at, entry, defaults) for at, entry in zip(where, content["jobs"], strict=True)]
+    specs = [_job(at, entry, defaults) for at, entry in zip(where, jobs, strict=True)]
     _check_apart(specs, where)
     return specs
 
@@ -179,12 +185,13 @@ def split_options(name: str, method: Method, values: Mapping[str, Any]) -> JobSp
 def resumed(specs: Sequence[JobSpec]) -> list[JobSpec]:
     """The jobs that are not done yet; each goes on from its newest checkpoint, or begins where it has none.
 
-    One that is done but was cut off before it was published is published.
+    One that is done but was cut off before it was published is published. One that is to overwrite an adapter counts as
+    done unless a checkpoint is newer than that: of the adapter alone nobody can tell which run it is of.
     """
     left = []
     for spec in specs:
         out = Path(spec.options.out)
-        if (out / "adapter_config.json").exists():
+        if _done(spec):
             print(f"{spec.name}: done before: {out}", file=sys.stderr, flush=True)
             if spec.options.publish and not is_published(out, spec.options.publish):
                 publish(out, spec.options.publish)
@@ -192,6 +199,20 @@ def resumed(specs: Sequence[JobSpec]) -> list[JobSpec]:
         resume = newest_checkpoint(_checkpoints(spec)) is not None
         left.append(replace(spec, options=replace(spec.options, resume=resume)))
     return left
+
+
+def _done(spec: JobSpec) -> bool:
+    out = Path(spec.options.out)
+    try:
+        with open_adapter(out):
+            pass
+    except AdapterError:
+        return False
+    checkpoint = newest_checkpoint(_checkpoints(spec)) if spec.options.overwrite else None
+    if checkpoint is None:
+        return True
+    written = max(path.stat().st_mtime_ns for path in out.rglob("*.safetensors"))
+    return written >= (checkpoint / CHECKPOINT_LAST).stat().st_mtime_ns
 
 
 def common_base(specs: Sequence[JobSpec]) -> RunOptions:

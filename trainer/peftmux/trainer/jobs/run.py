@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from peftmux.adapters.errors import AdapterError
 from peftmux.trainer.errors import OptionError, TrainerError
+from peftmux.trainer.host.host import Host
 from peftmux.trainer.jobs.file import Changes, JobSpec, common_base
 from peftmux.trainer.jobs.job import Job
 from peftmux.trainer.jobs.together import Together
@@ -100,25 +102,37 @@ class JobRun:
                 job = _start(spec, model, tokenizer, files)
             except TrainerError as error:
                 self._fail(spec.name, str(error).removeprefix(f"jobs: {spec.name}: "))
+            except Exception as error:
+                traceback.print_exc()
+                self._fail(spec.name, f"{type(error).__name__}: {error}")
             else:
                 if self._advance(job):
                     jobs.append(job)
 
 
 def _start(spec: JobSpec, model: Any, tokenizer: Any, files: DataFiles) -> Job:
-    """Reading training arguments makes accelerate forget what is so until the job has its Trainer: of a job that is
-    refused meanwhile the others get it back."""
-    shared = AcceleratorState._shared_state
-    before = dict(shared)
     try:
-        ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer), files)
-        job = Job(spec.name, ready)
+        with _others_as_they_were(), Host.of(model).unless_refused():
+            ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer), files)
+            job = Job(spec.name, ready)
     except (TrainerError, AdapterError) as error:
-        shared.clear()
-        shared.update(before)
         raise OptionError("jobs", f"{spec.name}: {error}") from None
     print(f"{spec.name}: {trainable_parameters(ready.adapter, ready.base_parameters)}", file=sys.stderr)
     return job
+
+
+@contextmanager
+def _others_as_they_were() -> Iterator[None]:
+    """Reading training arguments makes accelerate forget what is so until the job has its Trainer: of a job that cannot
+    be begun the others get it back."""
+    shared = AcceleratorState._shared_state
+    before = dict(shared)
+    try:
+        yield
+    except BaseException:
+        shared.clear()
+        shared.update(before)
+        raise
 
 
 class _Progress:

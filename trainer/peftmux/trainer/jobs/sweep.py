@@ -26,26 +26,35 @@ _FIXED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class SweptRun:
+    """How one value's run ended. Its files are gone, but for the best's."""
+
+    parameters: int
+    steps: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class SweepResult:
     """Every value's run, and the value that won."""
 
     option: str
-    runs: Mapping[str, TrainResult]
+    runs: Mapping[str, SweptRun]
     failed: Mapping[str, str]
     """Why other values have no run."""
     best: str
-    out: Path
+    kept: TrainResult
+    """The best's, whose adapter is at the sweep's `out`."""
 
     def table(self) -> str:
         """Value, trained parameters, losses; the winner marked."""
         lines = [f"{self.option:>12} {'parameters':>12} {'train loss':>12} {'eval loss':>12}"]
         for value, run in self.runs.items():
-            size = sum(run.adapter.sites().values())
             mark = "  <- kept" if value == self.best else ""
             train, held_out = run.metrics["train_loss"], run.metrics["eval_loss"]
-            lines.append(f"{value:>12} {size:>12,} {train:>12.4f} {held_out:>12.4f}{mark}")
+            lines.append(f"{value:>12} {run.parameters:>12,} {train:>12.4f} {held_out:>12.4f}{mark}")
         lines += [f"{value:>12} {message}" for value, message in self.failed.items()]
-        return "\n".join([*lines, f"best: {self.option}={self.best}: {self.out}"])
+        return "\n".join([*lines, f"best: {self.option}={self.best}: {self.kept.out}"])
 
 
 def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
@@ -74,7 +83,12 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
         write_files(out, {str(f.relative_to(kept)): f.read_bytes() for f in kept.rglob("*") if f.is_file()})
     if spec.options.publish:
         publish(out, spec.options.publish)
-    return SweepResult(option, {v: results[v] for v in values if v in results}, run.failed, best, out)
+    runs = {value: _swept(results[value]) for value in values if value in results}
+    return SweepResult(option, runs, run.failed, best, replace(results[best], out=out))
+
+
+def _swept(result: TrainResult) -> SweptRun:
+    return SweptRun(sum(result.adapter.sites().values()), result.steps, result.metrics)
 
 
 def _score(result: TrainResult) -> float:

@@ -53,6 +53,10 @@ def check_given(options: RunOptions, given: Mapping[str, Any]) -> None:
     if smoothing and (options.loss != NEXT_TOKEN or options.task != "generation"):
         what = f"--loss {options.loss}" if options.loss != NEXT_TOKEN else f"--task {options.task}"
         raise OptionError("label-smoothing-factor", f"smooths over the next tokens: not for {what}")
+    if options.early_stopping_patience and plain(given.get("eval_strategy")) == "no":
+        raise OptionError("early-stopping-patience", "stops by evaluations: not with --eval-strategy no")
+    if options.packing and given.get("train_sampling_strategy") == "batch_rebalance":
+        raise OptionError("train-sampling-strategy", "batch_rebalance weighs rows by length: not with --packing")
     if not options.eval_data:
         _check_no_evaluation(given)
 

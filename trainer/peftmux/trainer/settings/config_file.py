@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from peftmux.trainer.settings.yaml_file import read_yaml
 
 ENVIRONMENT = "PEFTMUX_"
 _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+_NEGATIVE = re.compile(r"-|-\d+|-\d*\.\d+")
+"""What argparse takes for a value though it begins with a dash."""
 _NO_FLAGS = ("config", "debug")
 """The first is read before the flags; PEFTMUX_DEBUG asks the command for its traces."""
 
@@ -56,7 +59,12 @@ def flags(parser: argparse.ArgumentParser, options: Mapping[Any, object], where:
 
 
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    return {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    """By option's name. transformers has a --no_x, too, for what is on by default: the one taken has a value."""
+    found: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if action.option_strings and action.dest != "help" and not isinstance(action, argparse._StoreFalseAction):
+            found.setdefault(action.dest, action)
+    return found
 
 
 def _config_parser() -> argparse.ArgumentParser:
@@ -79,6 +87,17 @@ def _switched(name: str, value: object) -> bool:
     return word in _ON
 
 
+def _words(name: str, values: Sequence[object], several: bool) -> list[str]:
+    """Raises OptionError for what argparse would take for another flag, or for no value of this one."""
+    if len(values) > 1 and not several:
+        raise OptionError(name, f"expected one value, got {values}")
+    words = list(map(str, values))
+    for word in words:
+        if word.startswith("-") and not _NEGATIVE.fullmatch(word):
+            raise OptionError(name, f"expected values that do not begin with a dash, got {word!r}")
+    return words
+
+
 def _flag(action: argparse.Action, value: object) -> list[str]:
     """One option as command-line words. null leaves the default."""
     name = max(action.option_strings, key=lambda flag: "-" in flag.strip("-"))
@@ -90,5 +109,5 @@ def _flag(action: argparse.Action, value: object) -> list[str]:
     if isinstance(value, dict):
         return [name, json.dumps(value)]
     if isinstance(value, list):
-        return [name, *map(str, value)]
+        return [name, *_words(name.lstrip("-"), value, several=action.nargs == "+")]
     return [f"{name}={value}"]  # a text may begin with a dash

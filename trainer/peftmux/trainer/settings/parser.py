@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -18,10 +19,23 @@ from peftmux.trainer.settings.options import RunOptions
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     """The options by name. Raises OptionError where argparse would end the process."""
     parser.exit_on_error = False
+    parser.error = _refuse  # type: ignore[method-assign]  # of what is missing or too much, which 3.12 and 3.13 raise
     try:
         return vars(parser.parse_args(list(words)))
     except argparse.ArgumentError as error:
-        raise OptionError((error.argument_name or "option").lstrip("-"), error.message) from None
+        if error.argument_name is None:
+            _refuse(error.message)
+        raise OptionError(_plain(error.argument_name), error.message) from None
+
+
+def _refuse(message: str) -> NoReturn:
+    """message: argparse's, which names a flag in all its spellings."""
+    raise OptionError("options", re.sub(r"--[\w-]+(/--[\w-]+)+", lambda names: f"--{_plain(names[0])}", message))
+
+
+def _plain(flags: str) -> str:
+    """`--max-steps/--max_steps` is max-steps."""
+    return flags.partition("/")[0].lstrip("-").replace("_", "-")
 
 
 def build_parser(name: str) -> argparse.ArgumentParser:
