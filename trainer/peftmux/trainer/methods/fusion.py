@@ -26,7 +26,7 @@ from peftmux.kernels.bottleneck import Bottleneck, Fusion, apply_fusion
 from peftmux.kernels.tree import mapped
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
-from peftmux.trainer.methods.bottleneck import BranchChange, Stream, branch_changes
+from peftmux.trainer.methods.branches import BranchChange, Stream, branch_changes
 
 if TYPE_CHECKING:
     from peftmux.trainer.methods.task_head import TaskHead
