@@ -188,6 +188,10 @@ LINES: dict[str, tuple[bytes, str]] = {
         b"jobs:\n- {name: a, method: ln, out: o, model: m}\n",
         r"jobs\.yaml:2: job 1 \(a\): options: the following arguments are required: --data\n",
     ),
+    "no JSON": (
+        b"jobs:\n- {name: a, method: lora, out: o, model: m, data: d, rank_pattern: {q: 2020-01-01}}\n",
+        r"jobs\.yaml:2: job 1 \(a\): rank-pattern: expected a JSON object: .*date",
+    ),
     "no UTF-8": (b"jobs:\n- name: caf\xe9\n", r"jobs\.yaml:2: expected UTF-8 text"),
     "an empty list": (b"jobs: []\n", r"jobs\.yaml: expected `jobs`, a list"),
     "nothing": (b"", r"jobs\.yaml: expected `jobs`, a list"),

@@ -107,7 +107,10 @@ def _flag(action: argparse.Action, value: object) -> list[str]:
         on = _switched(name.lstrip("-"), value)
         return [action.option_strings[0] if on else action.option_strings[0].replace("--", "--no-", 1)]
     if isinstance(value, dict):
-        return [name, json.dumps(value)]
+        try:
+            return [name, json.dumps(value)]
+        except (TypeError, ValueError) as error:  # YAML has dates, and what holds itself
+            raise OptionError(name.lstrip("-"), f"expected a JSON object: {error}") from None
     if isinstance(value, list):
         return [name, *_words(name.lstrip("-"), value, several=action.nargs == "+")]
     return [f"{name}={value}"]  # a text may begin with a dash
