@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +15,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from peftmux.trainer import DataError, OptionError, train
+from peftmux.trainer.data import PaddingCollator, PreferenceCollator
 from peftmux.trainer.data.encode import IGNORED
-from peftmux.trainer.data.preference import encode_preferences
+from peftmux.trainer.data.preference import REFERENCE, encode_preferences
 from peftmux.trainer.data.rows import Row, read_rows
 from peftmux.trainer.jobs.file import read_jobs
 from peftmux.trainer.jobs.run import JobRun
+from peftmux.trainer.run import objective
+from peftmux.trainer.run.objective import Preference
 from peftmux.trainer.run.preference import dpo, kto, log_probabilities
 from tests.trainer.method_runs import StopAt
-from tests.trainer.tiny_models import build_tokenizer, copy_task, write_rows
+from tests.trainer.tiny_models import build_model, build_tokenizer, copy_task, write_rows
 
 QUICK: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 4, "disable_tqdm": True, "learning_rate": 1e-2}
 CONFIGS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "prefix": {"num_virtual_tokens": 3}, "prompt": {}, "pissa": {}}
@@ -115,6 +120,38 @@ def test_a_runs_loss_is_the_papers(loss: str, method: str, taught: Path, tmp_pat
         own = [(r["label"], ratio(r["prompt"], r["completion"])) for r in rows]
         expected = [1.5 * (1 - sigmoid(0.3 * (r - z))) if good else 1 - sigmoid(0.3 * (z - r)) for good, r in own]
     assert result.metrics["eval_loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_processes_share_the_references(count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Of three batches, the last of which is short: each of two processes makes two passes."""
+    path, tokenizer = put(tmp_path / "rows", "dpo", 5), build_tokenizer()
+    encoded = encode_preferences(read_rows(path, "dpo"), tokenizer, path, max_length=64)
+    model = build_model("qwen2")
+    collator = PreferenceCollator(PaddingCollator(False))
+    args = SimpleNamespace(per_device_eval_batch_size=2)
+    trainer: Any = SimpleNamespace(
+        model=model, data_collator=collator, args=args, compute_loss_context_manager=contextlib.nullcontext
+    )
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+
+    def scored() -> torch.Tensor:
+        features = encoded.features()
+        Preference("dpo", 0.1).add_references(trainer, features)
+        return torch.tensor([feature[REFERENCE] for feature in features])
+
+    alone = scored()
+    assert len(passes) == 3
+    monkeypatch.setattr(objective, "processes", lambda: count)
+    shares = []
+    for rank in range(count):
+        passes.clear()
+        monkeypatch.setattr(objective, "rank", lambda rank=rank: rank)
+        shares.append(scored())
+        assert len(passes) == math.ceil(3 / count)
+    assert torch.equal(sum(shares[1:], shares[0]), alone)
+    assert not any(torch.equal(share, alone) for share in shares) or count == 1
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])

@@ -10,6 +10,11 @@ def processes() -> int:
     return distributed.get_world_size() if _several() else 1
 
 
+def rank() -> int:
+    """This process's number, from 0."""
+    return distributed.get_rank() if _several() else 0
+
+
 def summed(x: Tensor) -> Tensor:
     """x added up over all processes, each of which calls this; without a gradient."""
     total = x.detach()

@@ -16,7 +16,7 @@ from transformers import Trainer
 from peftmux.adapters.probing import evaluating
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE, PreferenceCollator
 from peftmux.trainer.host.host import Host
-from peftmux.trainer.host.processes import summed
+from peftmux.trainer.host.processes import processes, rank, summed
 from peftmux.trainer.run.preference import dpo, kto, log_probabilities
 
 EXTRAS = (REFERENCE, DESIRABLE)
@@ -72,20 +72,28 @@ class Preference:
         return {"reward_margin": margin / rows, "reward_accuracy": right / rows}
 
     def add_references(self, trainer: Trainer, features: Sequence[dict[str, Any]]) -> None:
-        """Put the base model's log-probabilities into each feature: the model's with all adapters aside."""
+        """Put the base model's log-probabilities into each feature: the model's with all adapters aside.
+
+        Of several processes, each of which calls this, each scores its share of the batches.
+        """
         model: Any = trainer.model
         collator = trainer.data_collator
         assert isinstance(collator, PreferenceCollator)
         size = trainer.args.per_device_eval_batch_size
+        starts = range(0, len(features), size)
+        found = torch.zeros(len(features), 2, device=model.device)
         with evaluating(model), Host.of(model).aside(), trainer.compute_loss_context_manager():
-            starts = range(0, len(features), size)
-            for start in tqdm(starts, "reference", unit="batch", disable=not sys.stderr.isatty()):
-                chunk = features[start : start + size]
+            turns = range(rank(), len(starts) + rank(), processes())  # as many in each: weights may be held in shards
+            for turn in tqdm(turns, "reference", unit="batch", disable=not sys.stderr.isatty()):
+                start = starts[min(turn, len(starts) - 1)]
+                chunk = slice(start, start + size)
                 batch = {
                     name: value.to(model.device) if isinstance(value, Tensor) else value
-                    for name, value in collator.inner([s for f in chunk for s in f["pair"]]).items()
+                    for name, value in collator.inner([s for f in features[chunk] for s in f["pair"]]).items()
                 }
                 labels = batch.pop("labels")
                 sums = log_probabilities(model(**batch).logits, labels).view(-1, 2)
-                for feature, pair in zip(chunk, sums.tolist(), strict=True):
-                    feature[REFERENCE] = pair
+                if turn < len(starts):
+                    found[chunk] = sums
+        for feature, pair in zip(features, summed(found).tolist(), strict=True):
+            feature[REFERENCE] = pair
