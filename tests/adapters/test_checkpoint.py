@@ -49,6 +49,14 @@ def test_a_folder_that_is_not_there_is_said() -> None:
         load_checkpoint("./no/such/base")
 
 
+@pytest.mark.parametrize("base", ["llama", "qwen2"])
+def test_a_base_without_a_tokenizer_has_none(base: str, tmp_path: Path) -> None:
+    """transformers makes one of special tokens alone of Qwen's kind, which would read every text as nothing."""
+    folder = tmp_path / "base"
+    shutil.copytree(FIXTURES / "base" / base, folder, ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    assert load_model(str(folder), device=torch.device("cpu")).tokenizer is None
+
+
 def test_a_converted_pickle_is_the_adapter(tmp_path: Path) -> None:
     origin = FIXTURES / "peft" / "llama" / "lora"
     pickled = tmp_path / "pickled"

@@ -1,4 +1,4 @@
-"""Loads a base model's checkpoint whole, or not at all."""
+"""Loads a base model's checkpoint whole, or not at all, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from peftmux.adapters.quantised import is_quantised, quantisation_config, weights_stay_as_stored
 from peftmux.adapters.stored import accept_stored, made_plain, strange_weights
@@ -28,11 +35,7 @@ def load_checkpoint(
     checkpoint quantised in a form that is not known here. Raises UnusableCheckpoint, ImportError where a form's library
     is missing, or what transformers raises (OSError, ValueError, RuntimeError).
     """
-    if _looks_like_path(name) and not Path(name).is_dir():
-        raise UnusableCheckpoint(f"expected a folder or a hub id, found no folder {name!r}")
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    if config.is_encoder_decoder:
-        raise UnusableCheckpoint(f"expected a decoder-only causal LM, {name!r} is an encoder-decoder")
+    config: Any = checkpoint_config(name)
     try:
         quantised = accept_stored(config, quantization) or quantization
     except ValueError as error:
@@ -63,6 +66,27 @@ def load_checkpoint(
     if quantization and not any(is_quantised(layer) for layer in model.modules()):
         raise UnusableCheckpoint(f"expected linear layers that can be held in {quantization}, {name!r} has none")
     return model if quantised or device is None else model.to(device)  # type: ignore[arg-type]
+
+
+def checkpoint_config(name: str) -> PretrainedConfig:
+    """Raises UnusableCheckpoint for what cannot be a decoder-only LM, or what transformers raises."""
+    if _looks_like_path(name) and not Path(name).is_dir():
+        raise UnusableCheckpoint(f"expected a folder or a hub id, found no folder {name!r}")
+    config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise UnusableCheckpoint(f"expected a decoder-only causal LM, {name!r} is an encoder-decoder")
+    return config
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises UnusableCheckpoint where there is none, or what transformers raises.
+
+    Of some kinds transformers makes one of special tokens alone where there is no file of one.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if len(tokenizer) <= len(getattr(tokenizer, "get_added_vocab", dict)()):
+        raise UnusableCheckpoint(f"expected a tokenizer with a vocabulary, found no file of one in {name!r}")
+    return tokenizer
 
 
 def _looks_like_path(name: str) -> bool:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer
 
 from peftmux.adapters.aside import check_new, folder_aside
-from peftmux.adapters.checkpoint import load_checkpoint
+from peftmux.adapters.checkpoint import load_checkpoint, load_tokenizer
 from peftmux.adapters.errors import AdapterInvalid, Reason
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.merge import merge
@@ -41,7 +40,7 @@ def _save(module: Any, model: str, out: Path, card: str) -> None:
     with folder_aside(out) as aside:
         module.save_pretrained(aside)
         with suppress(OSError, ValueError):  # a base without a tokenizer is served by token ids
-            AutoTokenizer.from_pretrained(model).save_pretrained(aside)
+            load_tokenizer(model).save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
         os.rename(aside, out)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftmux.adapters.checkpoint import load_checkpoint
+from peftmux.adapters.checkpoint import load_checkpoint, load_tokenizer
 from peftmux.adapters.quantised import by_weight_only
 from peftmux.kernels.dense import choose_dense
 from peftmux.runtime.errors import UnsupportedModel
@@ -45,7 +45,7 @@ def load_model(
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     """None where the model has none: such a model is served by token ids alone."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return load_tokenizer(name)
     except (OSError, ValueError, KeyError):
         return None
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
 _BLOCKS, _BLOCK = 64, 4096
 """Of each file of weights so many pieces of so many bytes are read, from its begin to its end."""
-_WEIGHTS = ("*.safetensors", "*.bin", "*.json")
-"""The *.json: the base's config, its tokenizer, and the index of weights in several files."""
+_ALWAYS = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_VOCABULARIES = (("tokenizer.json",), ("vocab.*", "merges.txt", "*.model", "tekken.json"))
+_WEIGHTS = (
+    ("model.safetensors",),
+    ("model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("*.safetensors", "*.safetensors.index.json"),
+)
+"""Of each, transformers reads the first that is there."""
 
 
 def base_identity(name: str) -> str | None:
     """sha256 (hex) of a folder's, or a loaded hub model's, config, tokenizer and weights, these by size and samples.
 
-    Weights that a training has changed differ in nearly every byte. None where the files are not on this machine.
+    Weights that a training has changed differ in nearly every byte. Files that no model is made of change nothing: a
+    hub model's folder gets more of them. None where the files are not on this machine.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -24,10 +33,26 @@ def base_identity(name: str) -> str | None:
         if found is None:
             return None
         folder = Path(found).parent
-    digest = hashlib.sha256(b"peftmux base 1")
-    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+    files = sorted({*_found(folder, _ALWAYS), *_first(folder, _VOCABULARIES), *_first(folder, _WEIGHTS)})
+    states = [path.stat() for path in files]
+    return _digest(tuple(files), tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states))
+
+
+def _first(folder: Path, kinds: tuple[tuple[str, ...], ...]) -> list[Path]:
+    return next(filter(None, (_found(folder, patterns) for patterns in kinds)), [])
+
+
+def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.resolve().glob(pattern)]
+
+
+@lru_cache(maxsize=8)
+def _digest(files: tuple[Path, ...], states: tuple[tuple[int, ...], ...]) -> str:
+    """Made once for jobs of one base; the files' states say that they are still the same."""
+    digest = hashlib.sha256(b"peftmux base 2")
+    for path in files:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes() if path.suffix == ".json" else _samples(path))
+        digest.update(_samples(path) if path.suffix in (".safetensors", ".bin") else path.read_bytes())
     return digest.hexdigest()
 
 

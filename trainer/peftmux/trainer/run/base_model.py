@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from peftmux.adapters.checkpoint import load_checkpoint
+from peftmux.adapters.checkpoint import checkpoint_config, load_checkpoint, load_tokenizer
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.settings.options import RunOptions
 
@@ -19,13 +18,14 @@ def load_base(options: RunOptions) -> tuple[Any, Any]:
         logging.disable_progress_bar()
     extra: dict[str, Any] = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     try:
+        checkpoint_config(options.model)
+        tokenizer = load_tokenizer(options.model)  # before the weights, which take long
+        if tokenizer.eos_token_id is None and options.append_eos:
+            raise OptionError("append-eos", "the tokenizer has no end-of-sequence token; give --no-append-eos")
         model = load_checkpoint(options.model, quantization=options.quantization, dtype=options.dtype, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         message = f"{options.model} cannot be loaded as a causal LM with its tokenizer: {error}"
         raise OptionError("model", message) from error
-    if tokenizer.eos_token_id is None and options.append_eos:
-        raise OptionError("append-eos", "the tokenizer has no end-of-sequence token; give --no-append-eos")
     return model, tokenizer
 
 
