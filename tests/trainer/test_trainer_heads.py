@@ -221,6 +221,25 @@ def test_a_words_label_is_that_of_all_of_its_tokens(tmp_path: Path):
     assert data.learned_tokens == 3
 
 
+def test_a_word_labelled_minus_100_is_not_learned(qwen2: Path, tmp_path: Path):
+    """As everywhere else: it is no class, and what its label is makes no difference to what is trained."""
+    content = [{"tokens": ["a", "b", "c"], "labels": [0, -100, 1]}, {"tokens": ["d", "e"], "labels": ["-100", 1]}]
+    path = write_rows(tmp_path / "rows.jsonl", content)
+    rows = read_rows(path, "token")
+    names = label_names(rows, None)
+    assert names == ("0", "1")
+    first, second = encode_labelled(rows, build_tokenizer(), path, names, max_length=9).examples
+    assert (first.labels, second.labels) == ([0, *[IGNORED] * 3, 1], [IGNORED, IGNORED, 1])
+    assert (first.learned, second.learned) == (2, 1)
+    with pytest.raises(DataError, match=":2: expected tokens to learn from, found none in its 2"):
+        encode_labelled(rows, build_tokenizer(), path, names, max_length=2, over_long="truncate")
+    with pytest.raises(OptionError, match="labels: expected names, got -100, which says that a word is not learned"):
+        label_names(rows, ["0", "1", "-100"])
+    train("lora", model=qwen2, data=path, out=tmp_path / "a", task="token", training=QUICK)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["id2label"] == {"0": "0", "1": "1"}
+
+
 def test_label_names(tmp_path: Path):
     numbers = read_rows(write_rows(tmp_path / "n.jsonl", [{"text": "a", "label": i} for i in (10, 9)]), "sequence")
     assert label_names(numbers, None) == ("9", "10")
@@ -240,7 +259,11 @@ def test_label_names(tmp_path: Path):
             ":2: column 'label': expected a name",
         ),
         ("sequence", [{"text": "a", "label": "x"}, {"text": "b", "label": 1.5}], ":2: column 'label': expected a name"),
-        ("sequence", [{"text": "a", "label": "x"}, {"text": "", "label": "y"}], ":2: expected text with tokens"),
+        (
+            "sequence",
+            [{"text": "a", "label": "x"}, {"text": "", "label": "y"}],
+            ":2: expected tokens to learn from, found none",
+        ),
         (
             "sequence",
             [{"text": "a" * 200, "label": "x"}, {"text": "b", "label": "y"}],
@@ -254,6 +277,16 @@ def test_label_names(tmp_path: Path):
         ("token", [{"tokens": [], "labels": []}], ":1: column 'tokens': expected a list, found an empty list"),
         ("token", [{"tokens": ["a", " "], "labels": ["x", "y"]}], r":1: tokens\[1\]: expected a word"),
         ("token", [{"tokens": ["a", "b"], "labels": ["x", True]}], r":1: labels\[1\]: expected a name"),
+        (
+            "token",
+            [{"tokens": ["a", "b"], "labels": ["x", "y"]}, {"tokens": ["a", "b"], "labels": [-100, -100]}],
+            ":2: column 'labels': expected something to learn, found -100, which is not learned",
+        ),
+        (
+            "sequence",
+            [{"text": "a", "label": 0}, {"text": "b", "label": 1, "tokens": []}, {"text": "b", "label": -100}],
+            ":3: column 'label': expected something to learn, found -100",
+        ),
     ],
 )
 def test_bad_rows_are_refused(task: str, rows: list[dict[str, Any]], message: str, qwen2: Path, tmp_path: Path):

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftmux.trainer.data.images import PlacedImage, split_at_images
-from peftmux.trainer.data.rows import Row
+from peftmux.trainer.data.rows import NOT_LEARNED, Row
 from peftmux.trainer.data.segments import Segment, segment_rows
 from peftmux.trainer.errors import DataError
 
-IGNORED = -100
-"""The label of a token that is not learned, as torch's cross entropy has it."""
+IGNORED = NOT_LEARNED
+"""The label of a token that is not learned."""
 
 OverLong = Literal["error", "truncate", "drop"]
 

@@ -1,7 +1,8 @@
 """Rows for classification: {text, label} for whole sequences, {tokens, labels} for the words of one.
 
 Encoded as everything else that is learned: the class of token i is the label that follows it, so that a classifier's
-batches, their virtual tokens, packs and losses are those of a language model over the label names.
+batches, their virtual tokens, packs and losses are those of a language model over the label names. A word whose label
+is -100 is read and not learned; -100 is no label's name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftmux.trainer.data.encode import IGNORED, EncodedData, Example, OverLong, is_dropped, none_left
-from peftmux.trainer.data.rows import Row
+from peftmux.trainer.data.rows import NOT_LEARNED, Row, is_learned, labels_of
 from peftmux.trainer.errors import DataError, OptionError
 
 Task = Literal["generation", "sequence", "token"]
@@ -41,9 +42,9 @@ class LabelledExample(Example):
 def label_names(rows: Sequence[Row], given: Sequence[str] | None) -> tuple[str, ...]:
     """The names in the order of their indices: as given, else the rows' own, sorted (numbers by size).
 
-    Raises OptionError for fewer than two.
+    Raises OptionError for fewer than two, and for -100 as one.
     """
-    found = {label for row in rows for label in _labels(row)}
+    found = {label for row in rows for label in labels_of(row.fields) if is_learned(label)}
     if given is None:
         numbers = all(isinstance(label, int) for label in found)
         names = [
@@ -53,6 +54,8 @@ def label_names(rows: Sequence[Row], given: Sequence[str] | None) -> tuple[str, 
         names = list(given)
     if len(set(names)) != len(names) or len(names) < 2 or not all(names):
         raise OptionError("labels", f"expected two or more different names, got {names}"[:200])
+    if not all(map(is_learned, names)):
+        raise OptionError("labels", f"expected names, got {NOT_LEARNED}, which says that a word is not learned")
     return tuple(names)
 
 
@@ -68,13 +71,13 @@ def encode_labelled(
     """Tokenise checked rows as a server tokenises the same text. `max_length` is in tokens.
 
     A sequence's label is its last token's that is no padding, a word's that of all of its tokens. Raises DataError: a
-    label that is not among `names`, a longer row (unless `over_long` cuts or drops it), a row without tokens.
+    label that is not among `names`, a longer row (unless `over_long` cuts or drops it), a row without tokens to learn.
     """
     index = {name: i for i, name in enumerate(names)}
     examples: list[Example] = []
     truncated = dropped = 0
     for row in rows:
-        classes = [_index(label, index, path, row) for label in _labels(row)]
+        classes = [_index(label, index, path, row) for label in labels_of(row.fields)]
         ids, words = _tokens(row, tokenizer)
         if len(ids) > max_length:
             if is_dropped(len(ids), max_length, over_long, path, row.line):
@@ -88,19 +91,16 @@ def encode_labelled(
                 words[last] = 0
         labels = [IGNORED if word is None else classes[word] for word in words]
         if all(label == IGNORED for label in labels):
-            raise DataError(path, row.line, "expected text with tokens to learn from, found none")
+            raise DataError(path, row.line, f"expected tokens to learn from, found none in its {len(ids)}")
         examples.append(LabelledExample(ids, labels, task=row.task, line=row.line))
     if not examples:
         raise none_left(path, max_length, dropped)
     return EncodedData(examples, rows[0].format, truncated, dropped)
 
 
-def _labels(row: Row) -> list[str | int]:
-    labels = row.fields["label"] if row.format == "text-label" else row.fields["labels"]
-    return labels if isinstance(labels, list) else [labels]  # type: ignore[list-item]
-
-
 def _index(label: str | int, index: dict[str, int], path: str | Path, row: Row) -> int:
+    if not is_learned(label):
+        return IGNORED
     try:
         return index[str(label)]
     except KeyError:

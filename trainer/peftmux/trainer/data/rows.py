@@ -23,6 +23,8 @@ PREFERENCES: Mapping[str, tuple[str, ...]] = {
     "kto": ("prompt", "completion", "label"),
 }
 """The columns that a preference loss needs."""
+NOT_LEARNED = -100
+"""The label of what is not learned, as torch's cross entropy has it."""
 _TASK_FORMATS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "generation": FORMATS,
     "sequence": {"text-label": ("text", "label")},
@@ -48,7 +50,8 @@ def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
 
     `task` is "generation", "sequence", "token", or one of PREFERENCES, whose columns every row must have; otherwise the
     first row decides the file's format, and every other row must have the same columns.
-    Raises DataError with the file and the line: no such file, no rows, broken JSON, a missing column, a wrong type.
+    Raises DataError with the file and the line: no such file, no rows, broken JSON, a missing column, a wrong type, a
+    row with nothing to learn.
     """
     path = Path(path)
     rows: list[Row] = []
@@ -106,7 +109,21 @@ def _checked(path: Path, line: int, record: Mapping[str, object], kind: str) -> 
     if kind == "tokens-labels" and len(record["tokens"]) != len(record["labels"]):  # type: ignore[arg-type]
         sizes = f"{len(record['tokens'])} and {len(record['labels'])}"  # type: ignore[arg-type]
         raise DataError(path, line, f"expected one label for each of the tokens, found {sizes}")
-    return {column: record[column] for column in columns}
+    fields = {column: record[column] for column in columns}
+    if kind in ("text-label", "tokens-labels") and not any(map(is_learned, labels_of(fields))):
+        what = "column 'label'" if kind == "text-label" else "column 'labels'"
+        raise DataError(path, line, f"{what}: expected something to learn, found {NOT_LEARNED}, which is not learned")
+    return fields
+
+
+def labels_of(fields: Mapping[str, object]) -> list[str | int]:
+    """Of {text, label} the one, of {tokens, labels} all."""
+    return fields["labels"] if "tokens" in fields else [fields["label"]]  # type: ignore[return-value, list-item]
+
+
+def is_learned(label: str | int) -> bool:
+    """Numbers are names as they are written."""
+    return str(label) != str(NOT_LEARNED)
 
 
 def _task_of(record: Mapping[str, object]) -> str | int | None:

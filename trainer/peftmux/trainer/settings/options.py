@@ -26,8 +26,9 @@ class RunOptions:
     data: str = field(
         metadata={
             "help": "training rows: JSON lines or Parquet of {prompt, completion}, {messages} or {text}; "
-            "{text, label} for --task sequence, {tokens, labels} for --task token; for vora with images beside them, "
-            "a list of file paths or base64, each standing at the text's next <image>, or all in front"
+            "{text, label} for --task sequence, {tokens, labels} for --task token (a word labelled -100 is not "
+            "learned); for vora with images beside them, a list of file paths or base64, each standing at the text's "
+            "next <image>, or all in front"
         }
     )
     out: str = field(metadata={"help": "folder for the adapter; appears when the run has succeeded"})
