@@ -310,6 +310,22 @@ def test_a_sweep_over_lists_and_objects_keeps_its_logs(qwen2: Path, few: Path, t
     assert all(list(logs.rglob("events.out.*")) for logs in (tmp_path / "a.logs").iterdir())
 
 
+@pytest.mark.parametrize("several", [["--sweep", "learning_rate=1e-3,1e30"], ["--ensemble", "2"]])
+def test_early_stopping_leaves_only_the_checkpoints_that_were_asked_for(
+    several: list[str], qwen2: Path, few: Path, tmp_path: Path, capsys: Any
+):
+    """As a single run: also of a value that diverges, which leaves none to go on from."""
+    words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(few), "--max-steps", "2"]
+    words += ["--early-stopping-patience", "1", "--eval-strategy", "steps", "--eval-steps", "1", "--overwrite"]
+    words += ["--report-to", "tensorboard", "--max-grad-norm", "0", *several]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.logs"}
+    assert {path.name for path in (tmp_path / "a.logs").glob("*/*")} == {"runs"}
+    assert all(list((tmp_path / "a.logs" / i).rglob("events.out.*")) for i in "01")
+    assert main([*words, "--out", str(tmp_path / "b"), "--save-strategy", "steps", "--save-steps", "1"]) == 0
+    assert list((tmp_path / "b.checkpoints").glob("0/checkpoint-*"))
+
+
 def test_nothing_of_two_runs_that_write_to_one_folder_is_lost(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):
     """The one that comes second is refused while the other is under way."""
     words = ["lora", "--model", str(qwen2), "--data", str(few), "--eval-data", str(few), "--max-steps", "1"]

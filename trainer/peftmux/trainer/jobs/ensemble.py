@@ -19,7 +19,7 @@ from peftmux.adapters.aside import folder_aside, put_in_place
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
 from peftmux.trainer.files.outputs import check_out, check_published
-from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
+from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec, remove_unasked_of
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.loop import TrainResult
 
@@ -60,8 +60,10 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
     plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
     with folder_aside(out) as aside:
         own = [{**in_folder(plain, out, aside / "new", str(i)), "seed": seed + i} for i in range(count)]
-        run = JobRun([job_spec(str(i), spec.method.name, o, "--ensemble") for i, o in enumerate(own)])
+        specs = [job_spec(str(i), spec.method.name, o, "--ensemble") for i, o in enumerate(own)]
+        run = JobRun(specs)
         results = run.run()
+        remove_unasked_of(specs, plain)
         if run.failed:
             raise TrainerError("; ".join(f"member {name}: {message}" for name, message in run.failed.items()))
         put_in_place(aside, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import is_published, publish
 from peftmux.trainer.methods import Method, get_method, unaliased
 from peftmux.trainer.run.checkpoints import CHECKPOINT_LAST, newest_checkpoint
+from peftmux.trainer.run.loop import remove_unasked
 from peftmux.trainer.settings.arguments import folder_beside
 from peftmux.trainer.settings.config_file import flags
 from peftmux.trainer.settings.options import SEVERAL, RunOptions, build_config
@@ -162,6 +163,14 @@ def in_folder(given: Mapping[str, Any], out: Path, work: Path, name: str) -> dic
     if beside:
         own["output_dir"] = str(Path(beside) / name)
     return own
+
+
+def remove_unasked_of(specs: Iterable[JobSpec], given: Mapping[str, Any]) -> None:
+    """As a single run does, in the folders that `in_folder` made of `given`, which the jobs were given."""
+    for spec in specs:
+        training = {name: value for name, value in spec.training.items() if name != "output_dir" or name in given}
+        if folder := spec.training.get("output_dir"):
+            remove_unasked(spec.options, training, Path(folder))
 
 
 def _checkpoints(spec: JobSpec) -> Path:

@@ -15,7 +15,7 @@ from peftmux.adapters.writer import write_files
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
 from peftmux.trainer.files.outputs import check_out
-from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec
+from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec, remove_unasked_of
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.loop import TrainResult
 
@@ -75,6 +75,7 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
         _check_different(specs)
         run = JobRun(list(specs.values()))
         results = run.run()
+        remove_unasked_of(specs.values(), plain)
         best = min(results, key=lambda value: _score(results[value]), default="")
         if not results or _score(results[best]) == math.inf:
             lost = {value: f"eval loss {result.metrics['eval_loss']}" for value, result in results.items()} | run.failed

@@ -169,8 +169,7 @@ def finish(ready: Prepared, metrics: Mapping[str, float]) -> str:
     digest = export_adapter(ready.adapter, ready.options.model, ready.options.out, model_card(facts))
     if ready.options.publish:
         publish(ready.options.out, ready.options.publish)
-    if ready.options.early_stopping_patience and not {"save_strategy", "output_dir"} & ready.training.keys():
-        _remove_checkpoints(Path(ready.args.output_dir or "."))  # written only to come back to the best
+    remove_unasked(ready.options, ready.training, Path(ready.args.output_dir or "."))
     return digest
 
 
@@ -230,8 +229,11 @@ def _check_finite(adapter: AttachedAdapter) -> None:
             raise TrainerError(f"the run diverged ({name} is not finite): nothing written; try a lower learning rate")
 
 
-def _remove_checkpoints(folder: Path) -> None:
-    """The folder goes too, unless a tracker has written there."""
+def remove_unasked(options: RunOptions, training: Mapping[str, Any], folder: Path) -> None:
+    """Checkpoints that were written only to come back to the best. The folder goes too, unless a tracker has written
+    there."""
+    if not options.early_stopping_patience or {"save_strategy", "output_dir"} & training.keys():
+        return
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     with contextlib.suppress(OSError):
