@@ -27,8 +27,9 @@ def write_adapter(
 ) -> str:
     """Write PEFT's two files (and `extra_files`, by plain name) and return the content's digest.
 
-    A new or empty `folder` appears in one rename. One that holds files keeps those that are no adapter's; its config
-    is taken away first and put back last, so a reader finds the old adapter, none, or the new one.
+    A new `folder` appears in one rename. One that is there stays, which may be a mount or the current directory, and
+    keeps the files that are no adapter's; its config is taken away first and put back last, so a reader finds the old
+    adapter, none, or the new one.
     """
     plain = {name: _plain(value) for name, value in config.items()}
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -56,7 +57,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
 
 
 def _publish(aside: Path, folder: Path, names: list[str]) -> None:
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir():
         os.rename(aside, folder)
     else:
         inside = {folder, folder / "fusion", *((folder / name).parent for name in names)}

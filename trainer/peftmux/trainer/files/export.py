@@ -10,6 +10,7 @@ from peftmux.adapters.aside import folder_aside, put_in_place
 from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import read_adapter
 from peftmux.adapters.writer import write_adapter, write_files
+from peftmux.trainer.files.outputs import adapter_name, published_place
 from peftmux.trainer.methods import AttachedAdapter
 
 _LORA_FIELDS: Mapping[str, object] = {
@@ -59,7 +60,7 @@ def export_adapter(adapter: AttachedAdapter, base_model: str, folder: str | Path
 
 def is_published(folder: str | Path, directory: str | Path) -> bool:
     """Whether `publish` has put what is in `folder` into `directory`, under its own last name."""
-    target = Path(directory) / Path(folder).name
+    target = published_place(directory, adapter_name(folder))
     return target.is_dir() and _digest(target) == _digest(Path(folder))
 
 
@@ -73,9 +74,12 @@ def _digest(folder: Path) -> str:
 def publish(folder: str | Path, directory: str | Path, name: str = "") -> Path:
     """Copy a finished adapter into `directory`, under `name` or its own last name: a watcher sees all of it or nothing.
 
-    An older adapter of that name is replaced. The copy is made beside it, under a name that begins with a dot.
+    An older adapter of that name is replaced, and nothing else. The copy is made beside it, under a name that begins
+    with a dot. Raises OptionError for a name that no server takes.
     """
-    source, target = Path(folder), Path(directory) / (name or Path(folder).name)
+    source, target = Path(folder), published_place(directory, name or adapter_name(folder))
+    if target.resolve() == source.resolve():  # it was written where it is to be
+        return target
     with folder_aside(target) as aside:
         shutil.copytree(source, aside / "new")
         put_in_place(aside, target)

@@ -9,13 +9,15 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from peftmux.adapters.aside import in_use, remove_leftovers
+from peftmux.adapters.source import valid_name
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.settings.argument_checks import plain
-from peftmux.trainer.settings.options import RunOptions
+from peftmux.trainer.settings.options import RunOptions, named
 
 
 def check_out(options: RunOptions) -> None:
     """Raises OptionError where the adapter cannot be put. What a killed run left beside `out` is removed."""
+    adapter_name(options.out)
     try:
         out = Path(options.out).resolve()  # what a link leads to is written
         if out.is_file():
@@ -31,7 +33,8 @@ def check_out(options: RunOptions) -> None:
     if in_use(out):
         raise OptionError("out", f"another run is writing to {out}")
     if options.publish:
-        check_published(Path(options.publish), Path(options.out).name)
+        for name in published_names(options):
+            _check_published(Path(options.publish), name, out)
 
 
 def check_output_dir(args: TrainingArguments) -> None:
@@ -40,13 +43,41 @@ def check_output_dir(args: TrainingArguments) -> None:
         _check_writable("output-dir", Path(args.output_dir or "."))
 
 
-def check_published(directory: Path, name: str) -> None:
-    """Raises OptionError where an adapter cannot be put into `directory` under `name`."""
+def adapter_name(out: str | Path) -> str:
+    """What an adapter at `out` is called: the path's last component where that is a name, as in "a/b", else that of the
+    folder it leads to, as for ".". Raises OptionError where that has none either."""
+    name = named(out).name
+    if not name:
+        raise OptionError("out", f"expected a folder with a name, got {out}")
+    return name
+
+
+def published_names(options: RunOptions) -> list[str]:
+    """What is put into --publish: the adapter under its own name, or an ensemble's members under numbers after it."""
+    name = adapter_name(options.out)
+    return [name] if options.ensemble is None else [f"{name}-{i}" for i in range(options.ensemble)]
+
+
+def published_place(directory: str | Path, name: str) -> Path:
+    """Where an adapter is published as `name`. Raises OptionError for a name under which no server would load it."""
+    if not valid_name(name) or "/" in name:
+        message = f"no server takes the name {name!r}: expected up to 128 letters, digits, '.', '_', '-' that begin "
+        raise OptionError("publish", f"{message}with a letter or digit, as the last name of --out")
+    return Path(directory) / name
+
+
+def _check_published(directory: Path, name: str, out: Path) -> None:
+    """Raises OptionError where an adapter cannot be put into `directory` under `name`. out: resolved."""
+    target = published_place(directory, name)
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
         raise OptionError("publish", f"expected a folder that a server watches, found {found} at {directory}")
-    if (directory / name).is_file():
-        raise OptionError("publish", f"expected a folder or nothing at {directory / name}, found a file")
+    if directory.resolve().is_relative_to(out):
+        raise OptionError("publish", f"expected a folder that does not lie in --out, got {directory} and {out}")
+    if target.is_file():
+        raise OptionError("publish", f"expected a folder or nothing at {target}, found a file")
+    if target.resolve() in out.parents:
+        raise OptionError("publish", f"would replace {target}, in which --out lies")
     _check_writable("publish", directory)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from peftmux.adapters.aside import folder_aside, put_in_place
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
-from peftmux.trainer.files.outputs import check_out, check_published
+from peftmux.trainer.files.outputs import check_out, published_names
 from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec, remove_unasked_of
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.loop import TrainResult
@@ -52,13 +52,11 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
     """
     check_out(spec.options)
     out, count = Path(spec.options.out), spec.options.ensemble or 0
-    _check_members(out)
-    if spec.options.publish:
-        for i in range(count):
-            check_published(Path(spec.options.publish), f"{out.name}-{i}")
+    place = out.resolve()  # a link stays, and what it leads to is replaced
+    _check_members(place)
     seed = int(given.get("seed", _SEED))
     plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
-    with folder_aside(out) as aside:
+    with folder_aside(place) as aside:
         own = [{**in_folder(plain, out, aside / "new", str(i)), "seed": seed + i} for i in range(count)]
         specs = [job_spec(str(i), spec.method.name, o, "--ensemble") for i, o in enumerate(own)]
         run = JobRun(specs)
@@ -66,16 +64,19 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
         remove_unasked_of(specs, plain)
         if run.failed:
             raise TrainerError("; ".join(f"member {name}: {message}" for name, message in run.failed.items()))
-        put_in_place(aside, out)
+        put_in_place(aside, place)
     if spec.options.publish:
-        for i in range(count):
-            publish(out / str(i), spec.options.publish, f"{out.name}-{i}")
+        for i, name in enumerate(published_names(spec.options)):
+            publish(out / str(i), spec.options.publish, name)
     members = {name: dataclasses.replace(result, out=out / name) for name, result in results.items()}
     return EnsembleResult({str(i): members[str(i)] for i in range(count)}, out)
 
 
 def _check_members(out: Path) -> None:
-    """An older ensemble is replaced as a whole; nothing else may be lost with it."""
+    """An older ensemble is replaced as a whole; nothing else may be lost with it. out: resolved."""
+    if Path.cwd().is_relative_to(out) or out.is_mount():
+        what = "a mount" if out.is_mount() else "the current directory"
+        raise OptionError("out", f"an ensemble's folder is replaced as a whole, {out} is {what}: give a folder in it")
     others = sorted(path.name for path in out.iterdir() if not path.name.isdigit()) if out.is_dir() else []
     if others:
         raise OptionError("out", f"expected nothing or an older ensemble at {out}, found {others[0]}")

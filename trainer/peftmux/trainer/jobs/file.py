@@ -14,6 +14,7 @@ from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import open_adapter
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import is_published, publish
+from peftmux.trainer.files.outputs import adapter_name, published_place
 from peftmux.trainer.methods import Method, get_method, unaliased
 from peftmux.trainer.run.checkpoints import CHECKPOINT_LAST, newest_checkpoint
 from peftmux.trainer.run.loop import remove_unasked
@@ -118,7 +119,10 @@ def _check_apart(specs: Sequence[JobSpec], where: Sequence[str]) -> None:
         names.add(spec.name)
         own = {"out": Path(spec.options.out), "output_dir": _checkpoints(spec)}
         if spec.options.publish:
-            own["publish"] = Path(spec.options.publish) / own["out"].name
+            try:
+                own["publish"] = published_place(spec.options.publish, adapter_name(spec.options.out))
+            except OptionError as error:
+                raise OptionError("jobs", f"{at}: {error}") from None
         for what, place in own.items():
             if place.resolve() in places:
                 raise OptionError("jobs", f"{at}: expected its own {what}, got {str(place)!r} twice")

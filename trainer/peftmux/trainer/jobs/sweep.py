@@ -67,7 +67,7 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
     check_out(spec.options)
     out = Path(spec.options.out)
     plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}
-    with folder_aside(out) as aside:
+    with folder_aside(out.resolve()) as aside:
         specs = {}
         for i, value in enumerate(values):
             own = {**in_folder(plain, out, aside, str(i)), option: _meant(value)}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from peftmux.trainer.errors import OptionError
@@ -105,6 +106,10 @@ class RunOptions:
         for name in ("model", "data", "out", "eval_data", "publish"):
             if getattr(self, name) == "":
                 raise OptionError(name.replace("_", "-"), "expected a name, got an empty one")
+        try:
+            object.__setattr__(self, "out", str(named(self.out)))
+        except (OSError, RuntimeError) as error:  # Python before 3.13 raises the second for links in a circle
+            raise OptionError("out", f"{self.out}: {getattr(error, 'strerror', None) or error}") from None
         for name in ("max_length", "pack_length", "early_stopping_patience", "ensemble"):
             value = getattr(self, name)
             if value not in (None, "auto") and value < 1:
@@ -126,6 +131,15 @@ class RunOptions:
             raise OptionError("loss", f"{self.loss} compares what is written: not for --task {self.task}")
         if self.early_stopping_patience and not self.eval_data:
             raise OptionError("early-stopping-patience", "needs rows to evaluate on: give --eval-data")
+
+
+def named(out: str | PathLike[str]) -> Path:
+    """The path with a last component that is a name (but for "/"), and no ".." before it, which leads nowhere where
+    what it goes back from is not there: "a/b/" is "a/b", "." and "a/.." are resolved."""
+    path = Path(out)
+    if path.name in ("", ".."):
+        return path.resolve()
+    return path.parent.resolve() / path.name if ".." in path.parts else path
 
 
 def build_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
