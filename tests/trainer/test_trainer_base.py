@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from peftmux.trainer import OptionError
+from peftmux.trainer import OptionError, train
+from peftmux.trainer.jobs.file import job_spec
+from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run import base_identity as identity
-from peftmux.trainer.run import base_model
+from peftmux.trainer.run import base_model, loop
 from peftmux.trainer.run.base_identity import base_identity
 from peftmux.trainer.settings.options import RunOptions
 from tests.trainer.tiny_models import save_base
@@ -38,7 +41,7 @@ def test_a_base_without_a_tokenizer_is_told_before_its_weights_are_read(
         (base / name).unlink()
     monkeypatch.setattr(base_model, "load_checkpoint", no_weights)
     with pytest.raises(OptionError, match=r"model: .* cannot be loaded as a causal LM with its tokenizer: "):
-        base_model.load_base(options(base))
+        base_model.load_base(options(base), {})
 
 
 def test_no_end_of_sequence_is_told_before_the_weights_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -47,7 +50,64 @@ def test_no_end_of_sequence_is_told_before_the_weights_are_read(monkeypatch: pyt
     (base / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
     monkeypatch.setattr(base_model, "load_checkpoint", no_weights)
     with pytest.raises(OptionError, match="append-eos: the tokenizer has no end-of-sequence token"):
-        base_model.load_base(options(base))
+        base_model.load_base(options(base), {})
+
+
+class Stop(Exception):
+    """Where the model is when a run begins to look at it."""
+
+
+def stop(model: Any, reserved: int) -> int:
+    raise Stop(model.device.type)
+
+
+def test_what_comes_before_the_first_step_is_computed_where_the_steps_are(
+    qwen2: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    asked: list[Any] = []
+
+    def meta(training: Any) -> torch.device:
+        asked.append(training)
+        return torch.device("meta")
+
+    monkeypatch.setattr(base_model, "training_device", meta)
+    monkeypatch.setattr(loop, "longest_row", stop)
+    run: dict[str, Any] = {"model": str(qwen2), "data": str(rows), "max_steps": 1}
+    with pytest.raises(Stop, match="meta"):
+        train("lora", **run, out=tmp_path / "a")
+    with pytest.raises(Stop, match="meta"):
+        JobRun([job_spec("a", "lora", {**run, "out": str(tmp_path / "b")}, "here")]).run()
+    assert [training["max_steps"] for training in asked] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("training", "environment", "device"),
+    [
+        ({}, {}, "cuda:0"),
+        ({"use_cpu": False, "fsdp": ""}, {"LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "false"}, "cuda:1"),
+        ({}, {"LOCAL_RANK": "3"}, "cuda:1"),
+        ({}, {"LOCAL_RANK": "-1"}, "cuda:0"),
+        ({"use_cpu": True}, {}, None),
+        ({}, {"ACCELERATE_USE_CPU": "True"}, None),
+        ({"fsdp": "full_shard"}, {"LOCAL_RANK": "1"}, None),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {}, None),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, None),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, None),
+    ],
+)
+def test_the_device_is_the_trainers(
+    training: dict[str, Any], environment: dict[str, str], device: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("LOCAL_RANK", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert base_model.training_device(training) == (None if device is None else torch.device(device))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert base_model.training_device(training) is None
 
 
 def test_what_no_model_is_made_of_is_no_part_of_its_identity(tmp_path: Path):

@@ -164,7 +164,7 @@ def test_nothing_of_a_job_that_cannot_begin_is_left_in_the_model(
     assert run.failed["odd"] == "ValueError: no such thing"
     assert "Traceback" in capsys.readouterr().err
     assert not [name for name, module in model.named_modules() if isinstance(module, Place | AttachedAdapter)]
-    assert model.state_dict().keys() == load_base(run.specs[0].options)[0].state_dict().keys()
+    assert model.state_dict().keys() == load_base(run.specs[0].options, {})[0].state_dict().keys()
 
 
 def test_a_watched_file_without_what_a_job_needs_is_said(qwen2: Path, few: Path, tmp_path: Path, capsys: Any):

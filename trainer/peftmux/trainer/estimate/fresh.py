@@ -49,7 +49,7 @@ def main() -> None:
     idle = resident()
     with tempfile.TemporaryDirectory() as out:
         options = dataclasses.replace(options, out=out, publish=None)
-        ready = prepare(get_method(name), options, config, training, lambda: load_base(options))
+        ready = prepare(get_method(name), options, config, training, lambda: load_base(options, training))
         Probe(ready).some_steps(Shape(*largest), steps)
         ready.adapter.training_ended()
         with contextlib.suppress(TrainerError):  # of steps that diverged

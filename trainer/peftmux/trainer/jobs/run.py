@@ -44,7 +44,7 @@ class JobRun:
         """
         if not self.specs:
             return self.results
-        model, tokenizer = load_base(common_base(self.specs))
+        model, tokenizer = load_base(common_base(self.specs), self.specs[0].training)
         jobs: list[Job] = []
         try:
             files = DataFiles()

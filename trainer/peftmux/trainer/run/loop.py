@@ -69,7 +69,7 @@ def run_training(
     for name in SEVERAL:
         if getattr(options, name) is not None:
             raise OptionError(name, f"trains several adapters: run `peftmux train {method.name} --{name}`")
-    ready = prepare(method, options, config, training, lambda: load_base(options))
+    ready = prepare(method, options, config, training, lambda: load_base(options, training))
     first = ready.args.process_index == 0
     if first:
         print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
