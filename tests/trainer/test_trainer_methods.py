@@ -19,6 +19,7 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import export_adapter
 from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
 from peftmux.trainer.settings.options import build_config
+from tests.model.families import build
 from tests.trainer.lowered import lowered_logits
 from tests.trainer.tiny_models import CONFIGS, build_model, random_ids, scramble
 
@@ -249,6 +250,30 @@ def test_options_that_fit_nothing_are_refused(config: dict[str, Any], message: s
 def test_adalora_trains_with_no_scale_that_a_reader_takes_from_the_pruned_rank(alpha: float):
     with pytest.raises(OptionError, match=r"lora-alpha: expected (more than 0|a finite number), got"):
         attach("adalora", build_model("llama"), {"lora_alpha": alpha})
+
+
+_BRANCHES = "bottlenecks do not fit"
+_BLOCKS = "expected projections of a feed-forward block"
+
+
+@pytest.mark.parametrize(
+    ("method", "families", "message"),
+    [
+        ("ln", ("olmo",), r"those of OlmoForCausalLM \(OlmoLayerNorm\) have none: train lora"),
+        ("ln", ("nemotron",), "it changes no NemotronLayerNorm1P, which NemotronForCausalLM has: train lora"),
+        ("houlsby", ("opt", "gemma2", "gemma3_text", "gpt_neox", "gptj", "phi"), _BRANCHES),
+        ("pfeiffer", ("olmo2", "exaone4", "cohere2", "nemotron", "bloom", "falcon"), _BRANCHES),
+        ("mixlora", ("opt", "gptj", "bloom", "falcon", "mpt"), _BLOCKS),
+        ("mixlora", ("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), _BLOCKS),
+        ("prefix", ("deepseek_v3",), "cannot store layer 0"),
+        ("shira", ("gpt2",), "trains nn.Linear layers"),
+        ("bitfit", ("llama",), "of which LlamaForCausalLM has none"),
+    ],
+)
+def test_bases_that_docs_say_are_refused(method: str, families: tuple[str, ...], message: str):
+    for family in families:
+        with pytest.raises(OptionError, match=message):
+            attach(method, build(family))
 
 
 def test_expert_weights_left_out_are_said():

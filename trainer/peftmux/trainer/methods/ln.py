@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftmux.adapters.norms import norm_layers
+from peftmux.adapters.norms import norm_layers, vectors
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.sites import is_named, spelled_out
 from peftmux.trainer.methods.base import AttachContext, AttachedAdapter, Method
@@ -29,8 +29,22 @@ class NormChange(WholeNorm):
         return {f"ln_tuning_layers.{name}": value for name, value in self.values.items()}
 
 
+def _why_none(model: Any) -> str:
+    """Of a base without norms that `norm_layers` finds."""
+    kinds = {type(m).__name__: bool(vectors(m)) for m in model.modules() if "Norm" in type(m).__name__}
+    base = type(model).__name__
+    if not kinds:
+        return f"ln trains normalisation layers, of which {base} has none: train lora instead"
+    names = ", ".join(sorted(kinds))
+    if not any(kinds.values()):
+        return f"ln trains the weights of normalisation layers; those of {base} ({names}) have none: train lora instead"
+    return f"ln trains norms that a server can change; it changes no {names}, which {base} has: train lora instead"
+
+
 def _attach(model: Any, config: LnConfig, context: AttachContext) -> AttachedAdapter:
     norms = norm_layers(model)
+    if not norms:
+        raise OptionError("method", _why_none(model))
     wanted = config.target_modules
     if wanted is not None:
         norms = {n: m for n, m in norms.items() if any(is_named(n, w) for w in wanted)}
