@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftmux.adapters.methods.ledger import PREFIX
 from peftmux.trainer.data import Example
+from peftmux.trainer.errors import OptionError
 from peftmux.trainer.host.host import Change, Host
 from peftmux.trainer.host.inputs import PrefixSource, SeesBothWays, VirtualTokens
 
@@ -34,6 +35,24 @@ class AttachContext:
     tokenize: Callable[[str], list[int]] | None = None
     labels: tuple[str, ...] = ()
     task: str = "generation"
+
+    def text_ids(self, option: str, text: str) -> list[int]:
+        """Raises OptionError where there are none."""
+        ids = self.tokenize(text) if self.tokenize else []
+        if not ids:
+            raise OptionError(option, f"expected text with tokens, got {text!r}")
+        return ids
+
+    def first_ids(self, count: int) -> list[int]:
+        """Of the training data, so many or all."""
+        return list(itertools.islice((i for example in self.examples for i in example.input_ids), count))
+
+    def filled(self, ids: Sequence[int], count: int, vocabulary: int) -> list[int]:
+        """So many: from the beginning again where they are too few, drawn where there are none."""
+        if not ids:
+            generator = torch.Generator().manual_seed(self.seed)
+            ids = torch.randint(vocabulary, (count,), generator=generator).tolist()
+        return list(itertools.islice(itertools.cycle(ids), count))
 
 
 class AttachedAdapter:
@@ -83,10 +102,8 @@ class AttachedAdapter:
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Everything trained, by name; at a place of the base as the file names it."""
-        named = {
-            f"{PREFIX}{place}.{key}": t for place, c in self.changes.items() for key, t in c.file_tensors().items()
-        }
-        found = {name: t for name, t in named.items() if isinstance(t, nn.Parameter) and t.requires_grad}
+        named = self._changes_tensors().items()
+        found = {name: t for name, t in named if isinstance(t, nn.Parameter) and t.requires_grad}
         known = {id(parameter) for parameter in found.values()}
         for place, module in [*self.changes.items(), *self.modules.items()]:
             for name, parameter in module.named_parameters():
@@ -101,10 +118,13 @@ class AttachedAdapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of adapter_model.safetensors, float32 on the CPU; may share memory with the parameters."""
-        named = {
-            f"{PREFIX}{place}.{key}": t for place, c in self.changes.items() for key, t in c.file_tensors().items()
-        }
-        return {name: t.detach().float().cpu() if t.is_floating_point() else t.cpu() for name, t in named.items()}
+        named = self._changes_tensors().items()
+        return {name: t.detach().float().cpu() if t.is_floating_point() else t.cpu() for name, t in named}
+
+    def _changes_tensors(self) -> dict[str, Tensor]:
+        """What stands at places of the base, as the file names it."""
+        changes = self.changes.items()
+        return {f"{PREFIX}{place}.{key}": t for place, c in changes for key, t in c.file_tensors().items()}
 
     def folder(self, base_model: str, head: TaskHead | None = None) -> dict[str, bytes] | None:
         """All files of the adapter by name, where they are not PEFT's two. `head` goes with it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,25 +48,9 @@ def _trained_before(folder: str, like: Tensor) -> Tensor:
 def _initial_ids(config: PrefixConfig, context: AttachContext, model: Any) -> list[int]:
     """The text or the training data, from the beginning again where it is too short; drawn where there is neither."""
     n = config.num_virtual_tokens or config.default_length(context.task)
-    if config.prefix_init_text is not None:
-        text = context.tokenize(config.prefix_init_text) if context.tokenize else []
-        if not text:
-            raise OptionError("prefix-init-text", f"expected text with tokens, got {config.prefix_init_text!r}")
-    else:
-        text = _up_to(n, context.examples)
-    if not text:
-        generator = torch.Generator().manual_seed(context.seed)
-        text = torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
-    return list(itertools.islice(itertools.cycle(text), n))
-
-
-def _up_to(count: int, examples: Sequence[Any]) -> list[int]:
-    ids: list[int] = []
-    for example in examples:
-        if len(ids) >= count:
-            break
-        ids += example.input_ids
-    return ids[:count]
+    text = config.prefix_init_text
+    ids = context.first_ids(n) if text is None else context.text_ids("prefix-init-text", text)
+    return context.filled(ids, n, model.config.get_text_config().vocab_size)
 
 
 def _text_prefix(model: Any, ids: Sequence[int], shapes: Sequence[KVShape]) -> Tensor:

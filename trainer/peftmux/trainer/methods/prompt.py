@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -132,26 +131,22 @@ def initial_rows(model: Any, config: PromptConfig, context: AttachContext) -> Te
     """[n, D] float32. Random ones have the spread of the base's embeddings."""
     table: Tensor = model.get_input_embeddings().weight
     count = config.num_virtual_tokens
-    generator = torch.Generator().manual_seed(context.seed)
     if config.prompt_init == "random":
+        generator = torch.Generator().manual_seed(context.seed)
         drawn = torch.randn(count, table.shape[1], generator=generator)
         return drawn.to(table.device) * table.float().std()
-    ids = _initial_ids(config, context) or torch.randint(table.shape[0], (count,), generator=generator).tolist()
-    chosen = torch.tensor(list(itertools.islice(itertools.cycle(ids), count)), device=table.device)
-    return table[chosen].float()
+    ids = context.filled(_initial_ids(config, context), count, table.shape[0])
+    return table[torch.tensor(ids, device=table.device)].float()
 
 
 def _initial_ids(config: PromptConfig, context: AttachContext) -> Sequence[int]:
     """Empty: to be drawn from the vocabulary."""
     if config.prompt_init == "text":
-        ids = context.tokenize(config.prompt_init_text or "") if context.tokenize else []
-        if not ids:
-            raise OptionError("prompt-init-text", f"expected text with tokens, got {config.prompt_init_text!r}")
-        return ids
+        return context.text_ids("prompt-init-text", config.prompt_init_text or "")
     if config.prompt_init == "labels":
         return _label_ids(context)
     if config.prompt_init == "data":
-        return list(itertools.islice((i for e in context.examples for i in e.input_ids), config.num_virtual_tokens))
+        return context.first_ids(config.num_virtual_tokens)
     return ()
 
 
