@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from peftmux.trainer.data import EncodedData, Example, PaddingCollator, encode_rows, file_digest, read_rows
 from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.errors import DataError
-from tests.trainer.tiny_models import build_model, build_tokenizer, write_rows
+from tests.trainer.tiny_models import TEMPLATE, build_model, build_tokenizer, write_rows
 
 END = 2
 
@@ -83,6 +83,86 @@ def test_a_turn_that_only_calls_tools_ends_once(content: str | None, tmp_path: P
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": content, "tool_calls": ["f()"]}]
     (example,) = encoded(tmp_path, [{"messages": messages}], tokenizer, max_length=200).examples
     assert learned_text(example, tokenizer) == "<call>f()<|im_end|>"
+
+
+WITH_TOOLS = "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}" + TEMPLATE
+CALLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+ASKED = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("opening", [[], [{"role": "assistant", "content": "hello"}]])
+def test_tools_stand_in_the_prompt_of_every_turn(opening: list[dict[str, str]], tmp_path: Path):
+    """As the template writes the whole conversation with them; the turns after them are learned, and nothing else."""
+    tokenizer, messages = build_tokenizer(), [*opening, *ASKED, *ASKED]
+    tokenizer.chat_template = WITH_TOOLS
+    (example,) = encoded(tmp_path, [{"messages": messages, "tools": CALLS}], tokenizer, max_length=400).examples
+    whole = tokenizer.apply_chat_template(messages, tools=CALLS, tokenize=False)
+    assert whole.startswith("<tools>[{")
+    assert tokenizer.decode(example.input_ids) == whole.rstrip("\n")
+    turns = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert learned_text(example, tokenizer) == "".join(f"{turn}<|im_end|>" for turn in turns)
+
+
+def test_tools_may_be_objects_or_json_of_them_in_both_kinds_of_files(tmp_path: Path):
+    """What another row's tool or message has is not in this one's, though a Parquet struct has a field for it."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS.replace(
+        "{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or []) | tojson }}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "g", "arguments": {"x": 1}}]}
+    other = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"y": 2}}]}
+    given = [{"name": "f", "parameters": {"x": {"type": "int"}}}], [{"name": "g", "parameters": {"y": {"enum": ["a"]}}}]
+    rows = [{"messages": [ASKED[0], m], "tools": t} for m, t in zip((call, other), given, strict=True)]
+    texts = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
+    found = []
+    for name, content in {"objects": rows, "texts": texts}.items():
+        parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / f"{name}.parquet")
+        for path in (write_rows(tmp_path / f"{name}.jsonl", content), tmp_path / f"{name}.parquet"):
+            data = encode_rows(read_rows(path), tokenizer, path, max_length=400)
+            found.append([tokenizer.decode(example.input_ids) for example in data.examples])
+    whole = [tokenizer.apply_chat_template(r["messages"], tools=r["tools"], tokenize=False).rstrip() for r in rows]
+    assert found == [whole] * 4
+    none: list[Any] = [[], "[]", None, "null"]
+    nothing = [{"messages": ASKED, "tools": tools} for tools in none]
+    for example in encoded(tmp_path, nothing, tokenizer, max_length=400).examples:
+        assert "tools" not in tokenizer.decode(example.input_ids)
+
+
+def test_a_template_of_its_own_for_tools_says_how_its_turns_end(tmp_path: Path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {
+        "default": TEMPLATE,
+        "tool_use": "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    rows: list[dict[str, Any]] = [{"messages": ASKED}, {"messages": ASKED, "tools": CALLS}, {"messages": ASKED}]
+    examples = encoded(tmp_path, rows, tokenizer, max_length=400).examples
+    assert [learned_text(example, tokenizer) for example in examples] == ["a<|im_end|>"] * 3
+    assert tokenizer.decode(examples[1].input_ids) == f"{CALLS}ua<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (CALLS[0], "column 'tools': expected a list of objects, found an object"),
+        (["f"], r"tools\[0\]: expected an object, found a string"),
+        ([CALLS[0], None], r"tools\[1\]: expected an object, found null or nothing"),
+        ("f(x)", "column 'tools': broken JSON: Expecting value at column 1"),
+        ("3", "column 'tools': expected a list of objects, found a number"),
+        ('[{"a": 1, "a": 2}]', "column 'tools': key 'a' is there twice"),
+        (r'[{"a": "\ud800"}]', r"column 'tools'\[0\].a: expected whole characters"),
+        (CALLS, "column 'tools': the tokenizer's chat template shows no tools"),
+    ],
+)
+def test_tools_that_cannot_be_shown_are_refused(tools: object, message: str, tmp_path: Path, tokenizer: Any):
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {message}"):
+        encoded(tmp_path, [{"messages": ASKED}, {"messages": ASKED, "tools": tools}], tokenizer, max_length=400)
+
+
+def test_a_template_that_needs_tools_gets_them(tmp_path: Path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no tools') if not tools else '' }}" + TEMPLATE
+    (example,) = encoded(tmp_path, [{"messages": ASKED, "tools": CALLS}], tokenizer, max_length=400).examples
+    assert learned_text(example, tokenizer) == "a<|im_end|>"
 
 
 def test_an_opening_of_the_assistants_is_learned_without_its_header(tmp_path: Path, tokenizer: Any):

@@ -56,9 +56,12 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Record]]:
                 raise DataError(path, number, message) from None
             if not text.strip():
                 continue
-            record = _parsed(path, number, text)
+            advice = "; expected one JSON object a line" if number == 1 else ""
+            record = parsed_json(path, number, text, advice=advice)
+            if not isinstance(record, dict):
+                raise DataError(path, number, f"expected a JSON object, found {type_name(record)}")
             if _HALVES.search(raw):
-                _check_whole(path, number, record)
+                checked_text(path, number, record)
             yield number, record
 
 
@@ -82,24 +85,22 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return record
 
 
-def _parsed(path: Path, line: int, text: str) -> Record:
+def parsed_json(path: Path, line: int, text: str, where: str = "", advice: str = "") -> object:
+    """Raises DataError, which `where` begins; of broken JSON `advice` ends it."""
     try:
-        record = json.loads(text, object_pairs_hook=_without_doubles)
+        return json.loads(text, object_pairs_hook=_without_doubles)
     except _DoubleKeyError as error:
-        raise DataError(path, line, f"key {error.args[0]!r} is there twice") from None
+        raise DataError(path, line, f"{where}key {error.args[0]!r} is there twice") from None
     except json.JSONDecodeError as error:
-        advice = "; expected one JSON object a line" if line == 1 else ""
-        raise DataError(path, line, f"broken JSON: {error.msg} at column {error.pos + 1}{advice}") from None
+        raise DataError(path, line, f"{where}broken JSON: {error.msg} at column {error.pos + 1}{advice}") from None
     except RecursionError:
-        raise DataError(path, line, _TOO_DEEP) from None
+        raise DataError(path, line, f"{where}{_TOO_DEEP}") from None
     except ValueError:  # Python's limit to the digits of a whole number
-        raise DataError(path, line, "a number has too many digits to be read") from None
-    if not isinstance(record, dict):
-        raise DataError(path, line, f"expected a JSON object, found {type_name(record)}")
-    return record
+        raise DataError(path, line, f"{where}a number has too many digits to be read") from None
 
 
-def _check_whole(path: Path, line: int, record: Record) -> None:
+def checked_text(path: Path, line: int, record: Record) -> None:
+    """Raises DataError where there is text that no tokenizer takes."""
     try:
         where = _half(record, "")
     except RecursionError:
@@ -109,7 +110,7 @@ def _check_whole(path: Path, line: int, record: Record) -> None:
 
 
 def _half(value: object, where: str) -> str | None:
-    """Where there is text that no tokenizer takes: half of a surrogate pair."""
+    """Where there is half of a surrogate pair."""
     if isinstance(value, str):
         return where if any("\ud800" <= c <= "\udfff" for c in value) else None
     if isinstance(value, dict):
@@ -131,7 +132,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:
         records = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(path, None, f"expected a Parquet file: {error}") from None
-    yield from enumerate(records, start=1)
+    for row, record in enumerate(records, start=1):
+        yield row, {name: _present(value) for name, value in record.items()}
+
+
+def _present(value: object) -> object:
+    """Every struct of a column has the fields of all of them: one that is null was not in this one."""
+    if isinstance(value, dict):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 def type_name(value: object) -> str:

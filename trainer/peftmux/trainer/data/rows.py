@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peftmux.trainer.data.files import read_records, type_name
 from peftmux.trainer.data.images import COLUMN, RowImage, row_images
+from peftmux.trainer.data.tools import Tools, row_tools
 from peftmux.trainer.errors import DataError
 
 FORMATS: Mapping[str, tuple[str, ...]] = {
@@ -16,7 +17,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "text": ("text",),
 }
-"""The columns each format of a file needs. Other columns are ignored."""
+"""The columns each format of a file needs. Other columns are ignored, but for those that a Row has."""
 
 PREFERENCES: Mapping[str, tuple[str, ...]] = {
     "dpo": ("prompt", "chosen", "rejected"),
@@ -43,6 +44,8 @@ class Row:
     """The column `task`, for methods that learn several at once."""
     images: tuple[RowImage, ...] | None = None
     """The column `images`; None without it, and the text's markers are plain text."""
+    tools: Tools = ()
+    """The column `tools` beside messages."""
 
 
 def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
@@ -66,7 +69,8 @@ def read_rows(path: str | Path, task: str = "generation") -> list[Row]:
             continue
         kind = kind or _detect_format(path, line, record, _TASK_FORMATS[task])
         fields = _checked(path, line, record, kind)
-        rows.append(Row(line, kind, fields, _task_of(record), row_images(path, line, record)))
+        tools = row_tools(path, line, record) if kind == "messages" else ()
+        rows.append(Row(line, kind, fields, _task_of(record), row_images(path, line, record), tools))
     if not rows:
         raise DataError(path, None, "expected at least one row, found an empty file")
     return rows

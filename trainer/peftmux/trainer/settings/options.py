@@ -26,10 +26,10 @@ class RunOptions:
     model: str = field(metadata={"help": "the base model: a folder, or a name on the Hugging Face Hub"})
     data: str = field(
         metadata={
-            "help": "training rows: JSON lines or Parquet of {prompt, completion}, {messages} or {text}; "
-            "{text, label} for --task sequence, {tokens, labels} for --task token (a word labelled -100 is not "
-            "learned); for vora with images beside them, a list of file paths or base64, each standing at the text's "
-            "next <image>, or all in front"
+            "help": "training rows: JSON lines or Parquet of {prompt, completion}, {messages} (beside them perhaps "
+            "tools, which the chat template has to show) or {text}; {text, label} for --task sequence, {tokens, "
+            "labels} for --task token (a word labelled -100 is not learned); for vora with images beside them, a list "
+            "of file paths or base64, each standing at the text's next <image>, or all in front"
         }
     )
     out: str = field(metadata={"help": "folder for the adapter; appears when the run has succeeded"})
