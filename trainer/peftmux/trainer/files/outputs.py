@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import socket
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -14,18 +20,67 @@ from peftmux.trainer.errors import OptionError
 from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import RunOptions, named
 
+_claims: set[socket.socket] = set()
+
+
+def _let_go_of_claims() -> None:
+    """A forked process, such as a data loader's worker, holds nothing: it may live longer than the run."""
+    for held in _claims:
+        held.close()
+    _claims.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_of_claims)
+
+
+@contextmanager
+def claimed(out: str | Path) -> Iterator[None]:
+    """Within it no other run on this machine writes to `out`. Raises OptionError where one does already.
+
+    What is held is an abstract Unix socket's name (Linux): nothing in the file system, and the kernel frees it however
+    the process ends. Where there are no such sockets nothing is held. Machines, or containers with networks of their
+    own, that share a file system do not see each other's: between them only the locks of `folder_aside` and of the
+    checkpoints' folder tell.
+    """
+    place = _resolved(out)
+    held = _bound(b"\0peftmux/" + hashlib.sha256(os.fsencode(place)).hexdigest().encode(), place)
+    try:
+        yield
+    finally:
+        if held is not None:
+            _claims.discard(held)
+            held.close()
+
+
+def _bound(name: bytes, place: Path) -> socket.socket | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    try:
+        held.bind(name)
+    except OSError as error:
+        held.close()
+        if error.errno == errno.EADDRINUSE:
+            raise OptionError("out", f"another run is writing to {place}") from None
+        return None
+    _claims.add(held)
+    return held
+
 
 def check_out(options: RunOptions) -> None:
     """Raises OptionError where the adapter cannot be put. What a killed run left beside `out` is removed."""
     adapter_name(options.out)
+    out = _resolved(options.out)
     try:
-        out = Path(options.out).resolve()  # what a link leads to is written
         if out.is_file():
             raise OptionError("out", f"expected a folder or nothing at {out}, found a file")
         if out.is_dir() and any(out.iterdir()) and not (options.overwrite or options.dry_run):
             raise OptionError("out", f"{out} is not empty; give --overwrite to replace the adapter in it")
-    except (OSError, RuntimeError) as error:  # Python before 3.13 raises the second for links in a circle
-        raise OptionError("out", f"{options.out}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise OptionError("out", f"{options.out}: {error.strerror or error}") from None
     if options.dry_run:
         return
     _check_writable("out", out if out.is_dir() else out.parent)
@@ -35,6 +90,14 @@ def check_out(options: RunOptions) -> None:
     if options.publish:
         for name in published_names(options):
             _check_published(Path(options.publish), name, out)
+
+
+def _resolved(out: str | Path) -> Path:
+    """What a link leads to is written, however it is spelled. Raises OptionError where that cannot be told."""
+    try:
+        return Path(out).resolve()
+    except (OSError, RuntimeError) as error:  # Python before 3.13 raises the second for links in a circle
+        raise OptionError("out", f"{out}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_output_dir(args: TrainingArguments) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from peftmux.adapters.aside import folder_aside, put_in_place
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
-from peftmux.trainer.files.outputs import check_out, published_names
+from peftmux.trainer.files.outputs import check_out, claimed, published_names
 from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec, remove_unasked_of
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.loop import TrainResult
@@ -50,10 +50,15 @@ def run_ensemble(spec: JobSpec, given: Mapping[str, Any]) -> EnsembleResult:
 
     `given`: the options by name that `spec` was made of. All of them or none: TrainerError where one diverges.
     """
-    check_out(spec.options)
-    out, count = Path(spec.options.out), spec.options.ensemble or 0
+    with claimed(spec.options.out):
+        check_out(spec.options)
+        _check_members(Path(spec.options.out).resolve())
+        return _trained(spec, given, spec.options.ensemble or 0)
+
+
+def _trained(spec: JobSpec, given: Mapping[str, Any], count: int) -> EnsembleResult:
+    out = Path(spec.options.out)
     place = out.resolve()  # a link stays, and what it leads to is replaced
-    _check_members(place)
     seed = int(given.get("seed", _SEED))
     plain = {name: value for name, value in given.items() if name not in ("ensemble", "publish", "out", "seed")}
     with folder_aside(place) as aside:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class JobRun:
     """What makes the passes of the model."""
     results: dict[str, TrainResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    _holds: dict[str, ExitStack] = field(default_factory=dict, init=False)
+    """Of each job that goes on, what nobody else may write to."""
 
     def run(self) -> dict[str, TrainResult]:
         """Train all of them. Every job's options and data are checked before the first step; TrainerError names it.
@@ -49,7 +51,7 @@ class JobRun:
         try:
             files = DataFiles()
             for spec in self.specs:
-                jobs.append(_start(spec, model, tokenizer, files))
+                jobs.append(self._start(spec, model, tokenizer, files))
             del files
             with _Progress() as progress:
                 together = self.together(model)
@@ -62,7 +64,15 @@ class JobRun:
         finally:
             for job in jobs:
                 job.close()
+            for holds in self._holds.values():
+                holds.close()
         return self.results
+
+    def _start(self, spec: JobSpec, model: Any, tokenizer: Any, files: DataFiles) -> Job:
+        with ExitStack() as holds:
+            job = _start(spec, model, tokenizer, files, holds)
+            self._holds[spec.name] = holds.pop_all()
+        return job
 
     def _advance(self, job: Job) -> bool:
         """Whether it goes on. One that has ended is written; one that cannot go on does not stop the others."""
@@ -81,6 +91,7 @@ class JobRun:
             self.results[job.name] = TrainResult(
                 out, digest, job.step, job.metrics, ready.model, ready.tokenizer, job.adapter
             )
+        self._holds.pop(job.name).close()
         job.adapter.detach()
         return False
 
@@ -93,13 +104,14 @@ class JobRun:
         for job in [job for job in jobs if job.name in changes.left]:
             jobs.remove(job)
             job.close()
+            self._holds.pop(job.name).close()
             job.adapter.detach()
             self._fail(job.name, f"taken out after {job.step} of {job.total_steps} steps: no adapter written")
         files = DataFiles()
         for spec in changes.joined:
             try:
                 common_base([*self.specs, spec])
-                job = _start(spec, model, tokenizer, files)
+                job = self._start(spec, model, tokenizer, files)
             except TrainerError as error:
                 self._fail(spec.name, str(error).removeprefix(f"jobs: {spec.name}: "))
             except Exception as error:
@@ -110,10 +122,13 @@ class JobRun:
                     jobs.append(job)
 
 
-def _start(spec: JobSpec, model: Any, tokenizer: Any, files: DataFiles) -> Job:
+def _start(spec: JobSpec, model: Any, tokenizer: Any, files: DataFiles, holds: ExitStack) -> Job:
+    def base() -> tuple[Any, Any]:
+        return model, tokenizer
+
     try:
         with _others_as_they_were(), Host.of(model).unless_refused():
-            ready = prepare(spec.method, spec.options, spec.config, spec.training, lambda: (model, tokenizer), files)
+            ready = prepare(spec.method, spec.options, spec.config, spec.training, base, files, holds)
             job = Job(spec.name, ready)
     except (TrainerError, AdapterError) as error:
         raise OptionError("jobs", f"{spec.name}: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from peftmux.adapters.aside import folder_aside
 from peftmux.adapters.writer import write_files
 from peftmux.trainer.errors import OptionError, TrainerError
 from peftmux.trainer.files.export import publish
-from peftmux.trainer.files.outputs import check_out
+from peftmux.trainer.files.outputs import check_out, claimed
 from peftmux.trainer.jobs.file import JobSpec, in_folder, job_spec, remove_unasked_of
 from peftmux.trainer.jobs.run import JobRun
 from peftmux.trainer.run.loop import TrainResult
@@ -64,7 +64,12 @@ def run_sweep(spec: JobSpec, given: Mapping[str, Any]) -> SweepResult:
     value ends with a finite loss.
     """
     option, values = _parse(spec)
-    check_out(spec.options)
+    with claimed(spec.options.out):
+        check_out(spec.options)
+        return _swept_all(spec, given, option, values)
+
+
+def _swept_all(spec: JobSpec, given: Mapping[str, Any], option: str, values: Sequence[str]) -> SweepResult:
     out = Path(spec.options.out)
     plain = {name: value for name, value in given.items() if name not in ("sweep", "publish", "out", option)}
     with folder_aside(out.resolve()) as aside:

@@ -19,7 +19,7 @@ from peftmux.trainer.errors import DataError, OptionError, TrainerError
 from peftmux.trainer.estimate import estimate_run
 from peftmux.trainer.files.card import CardFacts, DataFacts, model_card
 from peftmux.trainer.files.export import export_adapter, publish
-from peftmux.trainer.files.outputs import check_out, check_output_dir
+from peftmux.trainer.files.outputs import check_out, check_output_dir, claimed
 from peftmux.trainer.files.served import check_served
 from peftmux.trainer.host.host import Host
 from peftmux.trainer.methods import AttachContext, AttachedAdapter, Method
@@ -69,7 +69,13 @@ def run_training(
     for name in SEVERAL:
         if getattr(options, name) is not None:
             raise OptionError(name, f"trains several adapters: run `peftmux train {method.name} --{name}`")
-    ready = prepare(method, options, config, training, lambda: load_base(options, training))
+    with contextlib.ExitStack() as holds:
+        ready = prepare(method, options, config, training, lambda: load_base(options, training), holds=holds)
+        return _run(ready, callbacks)
+
+
+def _run(ready: Prepared, callbacks: Sequence[TrainerCallback]) -> TrainResult:
+    options = ready.options
     first = ready.args.process_index == 0
     if first:
         print(trainable_summary(ready.adapter, ready.base_parameters), file=sys.stderr)
@@ -93,15 +99,18 @@ def prepare(
     training: Mapping[str, Any],
     base: Callable[[], tuple[Any, Any]],
     files: DataFiles | None = None,
+    holds: contextlib.ExitStack | None = None,
 ) -> Prepared:
     """What can be refused cheaply is refused first. `base` gives the model and its tokenizer; `files` are those of all
-    runs that are made ready on it."""
+    runs that are made ready on it. `options.out` is claimed until `holds` is closed; without it, not at all."""
     files = files or DataFiles()
     places_tokens = method.places_tokens(config)
     if places_tokens and options.loss != NEXT_TOKEN:
         raise OptionError("loss", f"{options.loss} is not for {method.name}, whose tokens stand inside of the rows")
     args = training_arguments(options, training)
     if args.process_index == 0:  # of several the one that writes
+        if holds is not None and not options.dry_run:
+            holds.enter_context(claimed(options.out))
         check_out(options)
         if not options.dry_run:
             check_output_dir(args)
