@@ -23,6 +23,7 @@ PEAKS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora": (256, {"method": "lora"}),
     "prefix": (448, {"method": "prefix"}),
     "ladder": (448, {"method": "ladder"}),
+    "lora, evaluated in large batches": (256, {"method": "lora", "training": {"per_device_eval_batch_size": 64}}),
 }
 """The base's width, and a run."""
 
@@ -41,7 +42,10 @@ def test_the_peak_above_the_idle_process(case: str, tmp_path: Path, monkeypatch:
     AutoModelForCausalLM.from_config(LlamaConfig(**{**COMMON, **HEADS, **shape})).save_pretrained(tmp_path / "base")
     build_tokenizer().save_pretrained(tmp_path / "base")
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * 20, "completion": "b" * 60} for _ in range(64)])
-    training = {"max_steps": 5, "per_device_train_batch_size": 16, "disable_tqdm": True}
+    training: dict[str, Any] = {"max_steps": 5, "per_device_train_batch_size": 16, "disable_tqdm": True}
+    if "training" in run:
+        training |= {**run["training"], "eval_strategy": "steps", "eval_steps": 2}
+        run = {**run, "eval_data": str(rows)}
     run = {**run, "model": str(tmp_path / "base"), "data": str(rows), "out": str(tmp_path / "a"), "training": training}
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
@@ -78,18 +82,24 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16": ("lora", {"training": {"bf16": True}}),
     "packed": ("lora", {"packing": True, "pack_length": 64}),
     "dpo": ("lora", {"loss": "dpo"}),
+    "dpo, scored in large batches": ("lora", {"loss": "dpo", "training": {"per_device_eval_batch_size": 24}}),
+    "evaluated": ("lora", {"training": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 12}}),
 }
 
 
 class Peak(TrainerCallback):
-    """Live bytes from the second step on: the optimiser has its state."""
+    """Live bytes from the second step on: the optimiser has its state. Pairs are scored by the base before that."""
 
     def __init__(self) -> None:
         self.live = LiveBytes()
-        self.bytes = 0
+        self.bytes = self.scoring = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.live.hold([*model.parameters(), *model.buffers()])
+        self.live.begin()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.scoring = max(self.live.end(), default=0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.live.begin()
@@ -97,6 +107,15 @@ class Peak(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         line = self.live.end()
         self.bytes = max(self.bytes, *line) if state.global_step > 1 else 0
+        self.live.begin()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bytes = max(self.bytes, *self.live.end())
+
+
+def optimizer_bytes(adapter: Any) -> int:
+    """Adam's two moments, float32."""
+    return sum(2 * parameter.nbytes for parameter in adapter.parameters.values())
 
 
 @pytest.mark.parametrize("case", RUNS)
@@ -114,13 +133,21 @@ def test_every_way_to_run(case: str, qwen2: Path, tmp_path: Path, capsys: pytest
         **run,
         "training": training,
     }
+    if case == "evaluated":
+        options["eval_data"] = options["data"]
     estimated = train(method, **options, dry_run=True).metrics["alive_bytes"]
     shown = capsys.readouterr().err
     assert "roughly" not in shown
+    assert "train_loss" not in shown, "of the steps that were tried"
+    assert ("largest batch, one without gradients: " in shown) == ("eval_batch_size" in str(run))
     assert "time: 12 steps of about" in shown
     peak = Peak()
     with peak.live:
-        train(method, **options, callbacks=[peak])
+        result = train(method, **options, callbacks=[peak])
+    if "scored" in case:  # which the estimate takes for an evaluation, with the adapter and its optimiser's state
+        assert peak.scoring > 1.5 * peak.bytes
+        assert peak.scoring < estimated < 1.1 * (peak.scoring + optimizer_bytes(result.adapter))
+        return
     # accumulated: the largest batch may be a step's first, before there are gradients
     assert estimated == pytest.approx(peak.bytes, rel=0.05 if case == "accumulated" else 0.01)
 

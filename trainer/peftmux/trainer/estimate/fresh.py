@@ -18,13 +18,13 @@ from peftmux.trainer.estimate.fit import Shape
 from peftmux.trainer.run.prepared import Prepared
 
 
-def fresh_peak(ready: Prepared, largest: Shape, steps: int) -> int | None:
+def fresh_peak(ready: Prepared, step: Shape, evaluation: Shape | None, count: int) -> int | None:
     """Resident bytes above the process that has only imported things, over so many of the run's steps, of which one has
-    a batch of this size; None where they cannot be had.
+    a batch of this size, and so many of its batches without gradients; None where they cannot be had.
 
     The process loads the base once more.
     """
-    job = (ready.method.name, ready.options, ready.config, dict(ready.training), tuple(largest), steps)
+    job = (ready.method.name, ready.options, ready.config, dict(ready.training), step, evaluation, count)
     done = subprocess.run(
         [sys.executable, "-m", __name__],
         input=pickle.dumps(job),
@@ -45,12 +45,15 @@ def main() -> None:
     from peftmux.trainer.run.base_model import load_base
     from peftmux.trainer.run.loop import finish, prepare
 
-    name, options, config, training, largest, steps = pickle.load(sys.stdin.buffer)
+    name, options, config, training, step, evaluation, count = pickle.load(sys.stdin.buffer)
     idle = resident()
     with tempfile.TemporaryDirectory() as out:
         options = dataclasses.replace(options, out=out, publish=None)
         ready = prepare(get_method(name), options, config, training, lambda: load_base(options, training))
-        Probe(ready).some_steps(Shape(*largest), steps)
+        probe = Probe(ready)
+        probe.some_steps(step, count)
+        if evaluation is not None:
+            probe.some_evaluations(evaluation, count)
         ready.adapter.training_ended()
         with contextlib.suppress(TrainerError):  # of steps that diverged
             finish(ready, {})

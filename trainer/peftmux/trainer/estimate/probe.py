@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from peftmux.trainer.data.encode import IGNORED
 from peftmux.trainer.data.preference import DESIRABLE, REFERENCE
 from peftmux.trainer.estimate.fit import SMALL, Shape
 from peftmux.trainer.estimate.live import LiveBytes, StepWatch
+from peftmux.trainer.files.card import DataFacts
+from peftmux.trainer.run.huggingface_trainer import PlainLog
 from peftmux.trainer.run.prepared import Prepared, make_trainer, run_features
 from peftmux.trainer.settings.options import NEXT_TOKEN
 
@@ -39,11 +42,14 @@ class Probe:
         self._watch = StepWatch(self._live)
         probe = dataclasses.replace(ready, args=args)
         self._trainer = make_trainer(probe, [self._watch], self._features(SMALL[0]))
+        self._trainer.remove_callback(PlainLog)
         self.weights = self._live.hold([*ready.model.parameters(), *ready.model.buffers()])
         args = ready.args
         self._per_epoch = max(math.ceil(len(self._loader()) / args.gradient_accumulation_steps), 1)
         self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self._per_epoch)
         self.shapes = [_shape(batch) for batch in self._batches()]
+        self.evaluated = [_shape(batch) for batch in self._evaluation_batches()]
+        """Of the batches without gradients: an evaluation's, and those of pairs that the base itself scores."""
 
     def line(self, wanted: Shape) -> tuple[Shape, list[int]]:
         """A batch's size as it came out, and live bytes after each operation of a step over it."""
@@ -51,6 +57,15 @@ class Probe:
             shape = self._run(wanted, wanted.rows)
         self._trainer.args.max_steps = 1
         return shape, self._watch.take()
+
+    def evaluation_line(self, wanted: Shape) -> tuple[Shape, list[int]]:
+        """As `line`, of a pass without gradients; after it, as the optimiser has its state then."""
+        features = self._features(wanted) * wanted.rows
+        with self._live:
+            self._live.begin()
+            self._evaluate(features, wanted.rows)
+            line = self._live.end()
+        return _shape(self._trainer.data_collator(features)), line
 
     def seconds(self) -> float:
         """Of a step over a batch of the middle size."""
@@ -72,9 +87,22 @@ class Probe:
         if len(batches) < count:
             self._run(largest, largest.rows)
             return
-        self._trainer.data_collator, self._trainer.train_dataset = _only, batches[:count]
         self._trainer.args.per_device_train_batch_size = self._trainer._train_batch_size = 1
-        self._trainer.train()
+        with self._as_they_are():
+            self._trainer.train_dataset = batches[:count]
+            self._trainer.train()
+
+    def some_evaluations(self, largest: Shape, count: int) -> None:
+        """As `some_steps`, without gradients."""
+        batches = list(itertools.islice(self._evaluation_batches(), count))
+        if largest not in map(_shape, batches):
+            found = [batch for batch in self._evaluation_batches() if _shape(batch) == largest]
+            if not found:
+                self._evaluate(self._features(largest) * largest.rows, largest.rows)
+                return
+            batches[-1:] = found[:1]
+        with self._as_they_are():
+            self._evaluate(batches, 1)
 
     def optimizer_bytes(self) -> int:
         optimizer = self._trainer.optimizer
@@ -92,6 +120,20 @@ class Probe:
         self._trainer.args.per_device_train_batch_size = self._trainer._train_batch_size = rows
         self._trainer.train()
         return _shape(self._trainer.data_collator(features[:rows]))
+
+    def _evaluate(self, rows: Sequence[Any], batch: int) -> None:
+        self._trainer.args.per_device_eval_batch_size = batch
+        self._trainer.evaluate(eval_dataset=rows)
+
+    @contextmanager
+    def _as_they_are(self) -> Iterator[None]:
+        """Within it a row of the data is a batch, which is collated already."""
+        collator = self._trainer.data_collator
+        self._trainer.data_collator = _only
+        try:
+            yield
+        finally:
+            self._trainer.data_collator = collator
 
     def _features(self, wanted: Shape) -> list[dict[str, Any]]:
         """One row of data, of ids and a label that the data has; `rows` is left to the batch."""
@@ -118,15 +160,31 @@ class Probe:
 
     def _loader(self) -> Any:
         args, trainer = self._ready.args, self._trainer
-        features = run_features(self._ready, self._ready.data)
+        set_seed(args.seed)
+        trainer.train_dataset, trainer._train_batch_size = self._rows(self._ready.data), args.train_batch_size
+        with self._own_arguments():
+            return trainer.get_train_dataloader()
+
+    def _evaluation_batches(self) -> Iterator[Mapping[str, Any]]:
+        data = [self._ready.eval_data, self._ready.data if self._ready.options.loss != NEXT_TOKEN else None]
+        with self._own_arguments():
+            loaders = [self._trainer.get_eval_dataloader(self._rows(part)) for part in data if part]
+        return itertools.islice(itertools.chain(*loaders), _BATCHES)
+
+    @contextmanager
+    def _own_arguments(self) -> Iterator[None]:
+        """Within it the Trainer has the run's."""
+        probes, self._trainer.args = self._trainer.args, self._ready.args
+        try:
+            yield
+        finally:
+            self._trainer.args = probes
+
+    def _rows(self, data: DataFacts) -> Any:
+        features = run_features(self._ready, data)
         for feature in features:
             feature[REFERENCE] = [0.0, 0.0]
-        set_seed(args.seed)
-        own, trainer.args = trainer.args, args
-        trainer.train_dataset, trainer._train_batch_size = features, args.train_batch_size
-        loader = trainer.get_train_dataloader()
-        trainer.args = own
-        return loader
+        return features
 
 
 def _only(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
