@@ -50,10 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         options = dataclasses.replace(options, out=out, publish=None)
         ready = prepare(get_method(name), options, config, training, lambda: load_base(options, training))
-        probe = Probe(ready)
-        probe.some_steps(step, count)
-        if evaluation is not None:
-            probe.some_evaluations(evaluation, count)
+        Probe(ready).some_of_all(step, evaluation, count)
         ready.adapter.training_ended()
         with contextlib.suppress(TrainerError):  # of steps that diverged
             finish(ready, {})

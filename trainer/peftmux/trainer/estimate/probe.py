@@ -21,10 +21,13 @@ from peftmux.trainer.estimate.live import LiveBytes, StepWatch
 from peftmux.trainer.files.card import DataFacts
 from peftmux.trainer.run.huggingface_trainer import PlainLog
 from peftmux.trainer.run.prepared import Prepared, make_trainer, run_features
+from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import NEXT_TOKEN
 
 _BATCHES = 1000
 """Of the run's batches, in their order, as many are looked at."""
+_ROUNDS = 3
+"""Evaluations that are tried, where the run has more."""
 
 
 class Probe:
@@ -91,6 +94,27 @@ class Probe:
         with self._as_they_are():
             self._trainer.train_dataset = batches[:count]
             self._trainer.train()
+
+    def some_of_all(self, step: Shape, evaluation: Shape | None, count: int) -> None:
+        """As many steps, with evaluations in between where the run has some there: what these leave of the heap in
+        holes, steps cut up. Pairs are scored first."""
+        if evaluation is not None and self._ready.options.loss != NEXT_TOKEN:
+            self.some_evaluations(evaluation, count)
+        evaluations = min(self._evaluations(), _ROUNDS) if evaluation is not None else 0
+        rounds = max(evaluations, 1)
+        for _ in range(rounds):
+            self.some_steps(step, math.ceil(count / rounds))
+            if evaluation is not None and evaluations:
+                self.some_evaluations(evaluation, count)
+
+    def _evaluations(self) -> int:
+        """How many the run will have, at most one at each of the steps that it counts by."""
+        args = self._ready.args
+        if self._ready.eval_data is None:
+            return 0
+        each = {"steps": args.eval_steps, "epoch": self._per_epoch}.get(plain(args.eval_strategy), self.steps)
+        every = each if each >= 1 else math.ceil(each * self.steps)  # a share of the run
+        return math.ceil(self.steps / every)
 
     def some_evaluations(self, largest: Shape, count: int) -> None:
         """As `some_steps`, without gradients."""
