@@ -112,7 +112,7 @@ class Probe:
         args = self._ready.args
         if self._ready.eval_data is None:
             return 0
-        each = {"steps": args.eval_steps, "epoch": self._per_epoch}.get(plain(args.eval_strategy), self.steps)
+        each: float = {"steps": args.eval_steps, "epoch": self._per_epoch}.get(plain(args.eval_strategy)) or self.steps
         every = each if each >= 1 else math.ceil(each * self.steps)  # a share of the run
         return math.ceil(self.steps / every)
 
