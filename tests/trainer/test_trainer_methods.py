@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftmux.adapters.lower import load_adapter
 from peftmux.adapters.torch_base import TorchBase
+from peftmux.trainer import train
 from peftmux.trainer.data import Example
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.files.export import export_adapter
@@ -21,7 +22,7 @@ from peftmux.trainer.methods import METHODS, AttachContext, AttachedAdapter
 from peftmux.trainer.settings.options import build_config
 from tests.model.families import build
 from tests.trainer.lowered import lowered_logits
-from tests.trainer.tiny_models import CONFIGS, build_model, random_ids, scramble
+from tests.trainer.tiny_models import CONFIGS, build_model, build_tokenizer, random_ids, scramble
 
 PATTERNS = {"r": 4, "rank_pattern": {"q_proj": 2, r"layers\.1\..*down_proj": 7}, "alpha_pattern": {"o_proj": 3}}
 IN_PEFT = (
@@ -318,3 +319,16 @@ def test_default_rates_of_wide_bases_are_the_literatures(method: str, width: int
     config = chosen.config_class(**({"adapters": ["a", "b"]} if method == "fusion" else {}))
     assert least <= chosen.default_rate(config, width) <= most
     assert chosen.default_rate(config, width) <= chosen.default_rate(config, width // 2)
+
+
+def test_bases_with_layers_of_other_kinds(rows: Path, tmp_path: Path):
+    """Routers that are linear layers with two outputs are left as they are; layers without keys have no prefix."""
+    run: dict[str, Any] = {"data": rows, "max_steps": 1, "disable_tqdm": True}
+    for family in ("llama4_text", "qwen3_next"):
+        build(family, vocab_size=128).save_pretrained(tmp_path / family)
+        build_tokenizer().save_pretrained(tmp_path / family)
+    found = train("lora", model=tmp_path / "llama4_text", out=tmp_path / "a", **run)
+    assert found.adapter.changes
+    assert not [name for name in found.adapter.changes if "router" in name]
+    with pytest.raises(OptionError, match="prefix does not fit this base: 1 of its 4 layers keep keys and values"):
+        train("prefix", model=tmp_path / "qwen3_next", out=tmp_path / "b", **run)

@@ -147,7 +147,8 @@ def _path(root: nn.Module, module: nn.Module | None) -> str:
 
 
 def _site(name: str, module: nn.Module) -> LinearSite | None:
-    if isinstance(module, nn.Linear):
+    """A model's own subclass of nn.Linear is none: a router's gives scores and choices, where a layer gives a product."""
+    if isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models."):
         return LinearSite(name, module.in_features, module.out_features, module.bias is not None, conv1d=False)
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape

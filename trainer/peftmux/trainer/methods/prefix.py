@@ -206,6 +206,10 @@ def _attach(model: Any, config: PrefixConfig, context: AttachContext) -> Attache
         provisioned_shape(shapes)
     except AdapterInvalid as error:
         raise OptionError("method", str(error)) from None
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(shapes) != layers:
+        message = f"prefix does not fit this base: {len(shapes)} of its {layers} layers keep keys and values"
+        raise OptionError("method", message)
     embeddings = initial_prefix(model, config, context, shapes)
     adapter = PrefixAdapter(model, Prefix(embeddings, shapes, model.dtype), len(shapes))
     try:
