@@ -147,7 +147,7 @@ def _path(root: nn.Module, module: nn.Module | None) -> str:
 
 
 def _site(name: str, module: nn.Module) -> LinearSite | None:
-    """A model's own subclass of nn.Linear is none: a router's gives scores and choices, where a layer gives a product."""
+    """A model's own subclass of nn.Linear is none: a router's gives scores and choices beside the product."""
     if isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models."):
         return LinearSite(name, module.in_features, module.out_features, module.bias is not None, conv1d=False)
     if isinstance(module, Conv1D):
