@@ -12,12 +12,16 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from peftmux.adapters.errors import AdapterInvalid, Reason
+from peftmux.adapters.swap import settle
 
+INSIDE = "adapter"
+"""For what stands in a folder that stays: what is written there lies beside this name, in the folder itself."""
 _TRIES = 10
+_NAME = re.compile(r"\.(.+)\.[0-9a-f]{12}\.partial")
 
 
 def check_new(folder: Path) -> None:
@@ -38,7 +42,7 @@ def folder_aside(target: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        _remove(path, target)
+        _remove(path)
         os.close(lock)
 
 
@@ -51,7 +55,8 @@ def put_in_place(aside: Path, target: Path) -> None:
 
 
 def remove_leftovers(target: Path) -> list[Path]:
-    """Remove what killed processes left beside `target`, and nothing that a live one is writing. Returns what went."""
+    """Remove what killed processes left beside `target` and, for what it holds, in it, and nothing that a live one is
+    writing. What they were replacing is whole after that, the old or the new. Returns what went."""
     removed = []
     for path in _candidates(target):
         try:
@@ -61,23 +66,31 @@ def remove_leftovers(target: Path) -> list[Path]:
         if lock is None:
             continue
         try:
-            _remove(path, target)
-            removed.append(path)
+            if _remove(path):
+                removed.append(path)
         finally:
             os.close(lock)
     return removed
 
 
-def _remove(aside: Path, target: Path) -> None:
-    """Where `put_in_place` had only moved the old one away, that is put back."""
-    if (aside / "old").is_dir() and not target.exists():
-        with suppress(OSError):
+def _remove(aside: Path) -> bool:
+    """Where `put_in_place` had only moved the old one away, that is put back; where `swap_files` was cut off, its files
+    are. False, and all is left as it is, where that cannot be done now."""
+    found = _NAME.fullmatch(aside.name)
+    assert found is not None
+    target = aside.with_name(found[1])
+    try:
+        settle(aside)
+        if (aside / "old").is_dir() and not target.exists():
             os.rename(aside / "old", target)
+    except OSError:
+        return False
     shutil.rmtree(aside, ignore_errors=True)
+    return True
 
 
 def in_use(target: Path) -> bool:
-    """Whether a live process holds a `folder_aside` of `target`. False where folders cannot be locked."""
+    """Whether a live process holds a `folder_aside` of `target`, or in it. False where folders cannot be locked."""
     for path in _candidates(target):
         try:
             lock = _locked(path)
@@ -102,11 +115,15 @@ def folder_held(folder: Path) -> Iterator[None]:
 
 
 def _candidates(target: Path) -> list[Path]:
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.partial")
+    return [*_beside(target), *_beside(target / INSIDE)]
+
+
+def _beside(target: Path) -> list[Path]:
     try:
-        return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+        found = [(path, _NAME.fullmatch(path.name)) for path in target.parent.iterdir()]
     except OSError:
         return []
+    return [path for path, name in found if name is not None and name[1] == target.name]
 
 
 def _make(target: Path) -> tuple[Path, int]:

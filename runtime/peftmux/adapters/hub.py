@@ -53,7 +53,7 @@ def open_single(reader: FolderReader, config_file: OpenFile, config: dict[str, A
 def open_fusion(reader: FolderReader, place: str) -> OpenAdapter:
     opened = _Opened(reader)
     opened.fusion(place)
-    for name in _fused(opened.config["fusion"]):
+    for name in fused_names(opened.config["fusion"]):
         file, config = reader.config(f"{name}/{CONFIG_FILE}")
         if config.get("name") != name:
             raise AdapterInvalid(
@@ -117,8 +117,9 @@ class _Opened:
         self._places[place] = None
 
 
-def _fused(fusion: dict[str, Any]) -> list[str]:
-    """The names of the fused adapters, in their order."""
+def fused_names(fusion: dict[str, Any]) -> list[str]:
+    """The names of the fused adapters, in their order, by a fusion's config. Each is a plain folder's name. Raises
+    AdapterInvalid."""
     whole = fusion.get("name")
     if not isinstance(whole, str) or not whole:
         raise AdapterInvalid(

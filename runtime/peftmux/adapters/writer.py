@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from peftmux.adapters.aside import folder_aside
+from peftmux.adapters.aside import INSIDE, folder_aside, remove_leftovers
 from peftmux.adapters.digest import adapter_digest
-from peftmux.adapters.files import CONFIG_FILE, TENSOR_FILE
-from peftmux.adapters.hub import CONFIGS, TENSORS
-from peftmux.adapters.hub_fields import INTERFACE
+from peftmux.adapters.errors import AdapterError
+from peftmux.adapters.files import CONFIG_FILE, TENSOR_FILE, parse_config
+from peftmux.adapters.hub import CONFIGS, TENSORS, fused_names
+from peftmux.adapters.hub_fields import FUSION_CONFIG, INTERFACE
+from peftmux.adapters.swap import NEW, swap_files, sync_folder
 
 
 def write_adapter(
@@ -28,8 +30,9 @@ def write_adapter(
     """Write PEFT's two files (and `extra_files`, by plain name) and return the content's digest.
 
     A new `folder` appears in one rename. One that is there stays, which may be a mount or the current directory, and
-    keeps the files that are no adapter's; its config is taken away first and put back last, so a reader finds the old
-    adapter, none, or the new one.
+    keeps the files that are no adapter's: those of the old one go, with the members that a fusion names. A reader finds
+    the old adapter, none, or the new one; where the process is killed, whoever writes there next, or asks
+    `remove_leftovers`, first puts the old or the new one in place.
     """
     plain = {name: _plain(value) for name, value in config.items()}
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -40,36 +43,47 @@ def write_adapter(
     return adapter_digest(plain, stored)
 
 
-_OLD = (*CONFIGS, INTERFACE, *TENSORS, TENSOR_FILE)
-"""Of the adapter that is replaced none may stay, in the order in which they go: first what says how it is read."""
+_ADAPTERS_OWN = (*CONFIGS, INTERFACE, *TENSORS, TENSOR_FILE)
+"""Of the adapter that is replaced none may stay."""
 
 
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder's files, by name or by `sub-folder/name`, configs last; the folder as in `write_adapter`."""
+    """Write a folder's files, by name or by `sub-folder/name`; the folder as in `write_adapter`."""
     folder = Path(folder).resolve()  # a link stays, and what it leads to is written
-    with folder_aside(folder) as aside:
-        for name, data in files.items():
-            (aside / name).parent.mkdir(exist_ok=True)
-            _write_durably(aside / name, data)
-        for written in {(aside / name).parent for name in files}:
-            _sync_folder(written)
-        _publish(aside, folder, sorted(files, key=lambda name: name.rpartition("/")[2] in CONFIGS))
+    remove_leftovers(folder)
+    stays = folder.is_dir()
+    with folder_aside(folder / INSIDE if stays else folder) as aside:
+        _write(aside / NEW, files)
+        if stays:
+            swap_files(aside, _old_files(folder, files))
+        else:
+            os.rename(aside / NEW, folder)
+    sync_folder(folder.parent)
 
 
-def _publish(aside: Path, folder: Path, names: list[str]) -> None:
-    if not folder.is_dir():
-        os.rename(aside, folder)
-    else:
-        inside = {folder, folder / "fusion", *((folder / name).parent for name in names)}
-        for place in inside:
-            for name in _OLD:
-                (place / name).unlink(missing_ok=True)
-        _sync_folder(folder)
-        for name in names:  # the configs are the last of them
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(aside / name, folder / name)
-        _sync_folder(folder)
-    _sync_folder(folder.parent)
+def _write(new: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        _write_durably(new / name, data)
+    for written in {new, *((new / name).parent for name in files)}:
+        sync_folder(written)
+
+
+def _old_files(folder: Path, new: Iterable[str]) -> list[str]:
+    """An adapter's files in the folder, in its members' where it is a fusion, and where others will be written."""
+    places = {"", "fusion/", *(f"{name}/" for name in _members(folder))}
+    places |= {"".join(name.rpartition("/")[:2]) for name in new}
+    return [place + name for place in places for name in _ADAPTERS_OWN if (folder / place / name).is_file()]
+
+
+def _members(folder: Path) -> Iterator[str]:
+    """Sub-folders that are a fusion's own. What a link leads to is not."""
+    for place in (folder, folder / "fusion"):
+        try:
+            names = fused_names(parse_config((place / FUSION_CONFIG).read_bytes(), FUSION_CONFIG))
+        except (OSError, AdapterError):
+            continue
+        yield from (name for name in names if not (folder / name).is_symlink())
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -77,14 +91,6 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _plain(value: Any) -> Any:

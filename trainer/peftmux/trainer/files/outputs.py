@@ -71,9 +71,11 @@ def _bound(name: bytes, place: Path) -> socket.socket | None:
 
 
 def check_out(options: RunOptions) -> None:
-    """Raises OptionError where the adapter cannot be put. What a killed run left beside `out` is removed."""
+    """Raises OptionError where the adapter cannot be put. What a killed run left there is removed, or put in place."""
     adapter_name(options.out)
     out = _resolved(options.out)
+    if not options.dry_run:
+        remove_leftovers(out)
     try:
         if out.is_file():
             raise OptionError("out", f"expected a folder or nothing at {out}, found a file")
@@ -84,7 +86,6 @@ def check_out(options: RunOptions) -> None:
     if options.dry_run:
         return
     _check_writable("out", out if out.is_dir() else out.parent)
-    remove_leftovers(out)
     if in_use(out):
         raise OptionError("out", f"another run is writing to {out}")
     if options.publish:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from peftmux.adapters.aside import remove_leftovers
 from peftmux.adapters.errors import AdapterError
 from peftmux.adapters.files import open_adapter
 from peftmux.trainer.errors import OptionError
@@ -216,6 +217,7 @@ def resumed(specs: Sequence[JobSpec]) -> list[JobSpec]:
 
 def _done(spec: JobSpec) -> bool:
     out = Path(spec.options.out)
+    remove_leftovers(out.resolve())  # of one that was killed while it was put in place
     try:
         with open_adapter(out):
             pass
