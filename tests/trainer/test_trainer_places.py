@@ -61,6 +61,18 @@ def test_the_current_directory_is_written_and_published_by_its_name(out: str, he
     assert read_adapter(here.parent / "p" / "mine").digest == read_adapter(here).digest
 
 
+def test_a_sweep_writes_the_current_directory_as_a_single_run_does(here: Path, rows: Path, words: list[str]):
+    inode = os.stat(".").st_ino
+    (here / "notes.txt").write_text("mine")
+    more = ["--sweep", "r=2,3", "--eval-data", str(rows), "--overwrite", "--out", ".", "--publish", "../p"]
+    for _ in range(2):
+        assert main([*words, *more]) == 0
+        assert os.stat(here).st_ino == inode
+        assert {path.name for path in here.parent.iterdir()} == {"mine", "p"}
+        assert (here / "notes.txt").read_text() == "mine"
+        assert read_adapter(here.parent / "p" / "mine").digest == read_adapter(here).digest
+
+
 def test_an_adapter_that_lies_where_it_is_published_stays(here: Path, words: list[str]):
     inode = os.stat(".").st_ino
     assert main([*words, "--out", ".", "--publish", ".."]) == 0
