@@ -122,7 +122,7 @@ def test_tools_may_be_objects_or_json_of_them_in_both_kinds_of_files(tmp_path: P
             found.append([tokenizer.decode(example.input_ids) for example in data.examples])
     whole = [tokenizer.apply_chat_template(r["messages"], tools=r["tools"], tokenize=False).rstrip() for r in rows]
     assert found == [whole] * 4
-    none: list[Any] = [[], "[]", None, "null"]
+    none: list[Any] = [[], "[]", None, "null", ""]
     nothing = [{"messages": ASKED, "tools": tools} for tools in none]
     for example in encoded(tmp_path, nothing, tokenizer, max_length=400).examples:
         assert "tools" not in tokenizer.decode(example.input_ids)

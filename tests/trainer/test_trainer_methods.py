@@ -324,7 +324,7 @@ def test_default_rates_of_wide_bases_are_the_literatures(method: str, width: int
 def test_bases_with_layers_of_other_kinds(rows: Path, tmp_path: Path):
     """Routers that are linear layers with two outputs are left as they are; layers without keys have no prefix."""
     run: dict[str, Any] = {"data": rows, "max_steps": 1, "disable_tqdm": True}
-    for family in ("llama4_text", "qwen3_next"):
+    for family in ("llama4_text", "qwen3_next", "falcon"):
         build(family, vocab_size=128).save_pretrained(tmp_path / family)
         build_tokenizer().save_pretrained(tmp_path / family)
     found = train("lora", model=tmp_path / "llama4_text", out=tmp_path / "a", **run)
@@ -332,3 +332,7 @@ def test_bases_with_layers_of_other_kinds(rows: Path, tmp_path: Path):
     assert not [name for name in found.adapter.changes if "router" in name]
     with pytest.raises(OptionError, match="prefix does not fit this base: 1 of its 4 layers keep keys and values"):
         train("prefix", model=tmp_path / "qwen3_next", out=tmp_path / "b", **run)
+    own = train("lora", model=tmp_path / "falcon", out=tmp_path / "c", **run)  # linear layers of a class of its own
+    assert {name.rpartition(".")[2] for name in own.adapter.changes} == {
+        *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    }

@@ -115,6 +115,11 @@ def test_qlora_is_lora_over_a_base_in_4_bits(qwen2: Path, rows: Path, tmp_path: 
     first, second, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
     assert all(torch.equal(first[name], second[name]) for name in first | second)
     assert not all(torch.equal(first[name], plain[name]) for name in first)
+    (tmp_path / "int8.yaml").write_text("quantization: int8")
+    assert main(["qlora", *words, "--out", str(tmp_path / "d"), "--config", str(tmp_path / "int8.yaml")]) == 0
+    train("lora", model=qwen2, data=rows, out=tmp_path / "e", quantization="int8", training={**QUICK, "max_steps": 3})
+    third, fourth = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "de")
+    assert all(torch.equal(third[name], fourth[name]) for name in third | fourth)
     entry = {"name": "a", "method": "qlora", "model": str(qwen2), "data": str(rows), "out": "a"}
     (tmp_path / "jobs.json").write_text(json.dumps({"jobs": [entry, {**entry, "name": "b", "out": "b"}]}))
     assert {(spec.method.name, spec.options.quantization) for spec in read_jobs(tmp_path / "jobs.json")} == {

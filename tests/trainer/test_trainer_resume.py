@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,18 @@ def test_another_base_or_another_rate_is_refused(qwen2: Path, rows: Path, tmp_pa
     assert_equal(tensors(longer.out), tensors(whole.out))
 
 
-@pytest.mark.parametrize("name", ["model", "learning_rate"])
-def test_an_older_versions_checkpoint_is_refused(name: str, qwen2: Path, rows: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "older"), [("model", {}), ("model", {"model": "0f" * 32}), ("learning_rate", {})], ids=str
+)
+def test_an_older_versions_checkpoint_is_refused(
+    name: str, older: dict[str, str], qwen2: Path, rows: Path, tmp_path: Path
+):
+    """older: what it noted otherwise."""
     run: dict[str, Any] = {"model": qwen2, "data": rows, "out": tmp_path / "a", "overwrite": True}
     train("lora", **run, training={**QUICK, **SAVES})
     for noted in (tmp_path / "a.checkpoints").glob("*/run.json"):
-        noted.write_text(json.dumps({k: v for k, v in json.loads(noted.read_text()).items() if k != name}))
+        others = {k: v for k, v in json.loads(noted.read_text()).items() if k != name}
+        noted.write_text(json.dumps({**others, **older}))
     with pytest.raises(OptionError, match=f"of an older version, which did not note its {name}"):
         train("lora", **run, training={**QUICK, **SAVES}, resume=True)
 
@@ -178,3 +185,21 @@ def test_two_runs_never_write_checkpoints_to_one_folder(qwen2: Path, rows: Path,
     assert held.refused == [True, True]
     with folder_held(checkpoints):
         assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+
+
+def test_what_a_loaders_worker_has_open_holds_nothing(tmp_path: Path):
+    """A forked process that lives longer than the run."""
+    asked, answered = os.pipe()
+    with folder_held(tmp_path / "a"):
+        child = os.fork()
+        if child == 0:
+            os.read(asked, 1)
+            os._exit(0)
+    try:
+        with folder_held(tmp_path / "a"):
+            pass
+    finally:
+        os.write(answered, b"x")
+        os.waitpid(child, 0)
+        os.close(asked)
+        os.close(answered)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -257,6 +258,12 @@ def test_options_go_by_their_flags_names(qwen2: Path, rows: Path, tmp_path: Path
     grouped: dict[str, Any] = {"config": {"r": 3}, "training": {"max_steps": 2, "seed": 5}}
     train("lora", model=str(qwen2), data=str(rows), out=tmp_path / "grouped", max_length=64, **grouped)
     assert_equal(tensors(tmp_path / "flat"), tensors(tmp_path / "grouped"))
+    numbers: dict[str, Any] = {"r": np.int64(3), "lora_alpha": np.float32(16), "rank_pattern": {"x": np.int64(2)}}
+    numbers |= {"append_eos": np.True_, "max_length": np.int64(64), "max_steps": np.int32(2), "seed": np.int64(5)}
+    train("lora", model=qwen2, data=rows, out=tmp_path / "numpy", **numbers)
+    assert_equal(tensors(tmp_path / "flat"), tensors(tmp_path / "numpy"))
+    with pytest.raises(OptionError, match="lora-alpha: expected a finite number, got nan"):
+        train("lora", model=qwen2, data=rows, out=tmp_path / "nan", lora_alpha=np.float32("nan"))
     members = [tmp_path / "flat", tmp_path / "flat"]  # folders within an option, as paths
     with pytest.raises(TrainerError, match="flat"):
         train("fusion", model=qwen2, data=rows, out=tmp_path / "fused", adapters=members, max_steps=1)

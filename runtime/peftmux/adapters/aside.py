@@ -111,6 +111,7 @@ def folder_held(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # forked processes, such as a data loader's workers, have it open too
             os.close(lock)
 
 

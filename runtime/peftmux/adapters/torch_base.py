@@ -21,6 +21,9 @@ from peftmux.adapters.quantised import dequantised, is_quantised
 from peftmux.adapters.stream import stream_layers
 from peftmux.adapters.tables import table_scale
 
+_NO_PRODUCTS = ("Router", "GroupedLinear")
+"""Subclasses of nn.Linear in transformers' models that give something else: scores and choices, products by group."""
+
 
 class TorchBase:
     """Implements `BaseModel`. The module stays the caller's; its weights are read, and changed by `merge` alone."""
@@ -147,8 +150,7 @@ def _path(root: nn.Module, module: nn.Module | None) -> str:
 
 
 def _site(name: str, module: nn.Module) -> LinearSite | None:
-    """A model's own subclass of nn.Linear is none: a router's gives scores and choices beside the product."""
-    if isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models."):
+    if isinstance(module, nn.Linear) and not type(module).__name__.endswith(_NO_PRODUCTS):
         return LinearSite(name, module.in_features, module.out_features, module.bias is not None, conv1d=False)
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape

@@ -39,11 +39,13 @@ def train(
     from peftmux.trainer.run.loop import run_training
     from peftmux.trainer.settings.options import RunOptions, build_config
     from peftmux.trainer.settings.split import joined, split
+    from peftmux.trainer.settings.value_types import plain_value
 
     name, given = unaliased(method, {"model": model, "data": data, "out": out, "eval_data": eval_data, **options})
     chosen = get_method(name)
     run, own, arguments = split(chosen.config_class, given)
-    own, arguments = joined(config or {}, own), joined(training or {}, arguments)
+    own = joined(config or {}, own)
+    arguments = {name: plain_value(value) for name, value in joined(training or {}, arguments).items()}
     return run_training(
         chosen, build_config(RunOptions, run), build_config(chosen.config_class, own), arguments, callbacks
     )

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from peftmux.adapters.errors import AdapterError
 from peftmux.trainer.errors import TrainerError
-from peftmux.trainer.settings.config_file import file_arguments
+from peftmux.trainer.settings.config_file import file_arguments, flags
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,10 +21,9 @@ def main(argv: Sequence[str]) -> int:
 
     `argv` follows `train`.
     """
-    from peftmux.trainer.methods import METHODS
+    from peftmux.trainer.methods import ALIASES, METHODS
 
-    argv = _unaliased(argv)
-    one = bool(argv) and argv[0] in METHODS
+    one = bool(argv) and argv[0] in (*METHODS, *ALIASES)
     jobs = not one and any(word.partition("=")[0] == "--jobs" for word in argv)
     if not one and not jobs:
         return _overview(argv)
@@ -42,15 +41,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("peftmux train: interrupted: nothing more is written", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-def _unaliased(argv: Sequence[str]) -> list[str]:
-    from peftmux.trainer.methods import unaliased
-
-    if not argv:
-        return []
-    method, options = unaliased(argv[0], {})
-    return [method, *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()), *argv[1:]]
 
 
 class _Terminated(BaseException):
@@ -95,14 +85,16 @@ def _run(name: str, argv: Sequence[str]) -> int:
     from peftmux.trainer.jobs.ensemble import run_ensemble
     from peftmux.trainer.jobs.file import split_options
     from peftmux.trainer.jobs.sweep import run_sweep
-    from peftmux.trainer.methods import get_method
+    from peftmux.trainer.methods import get_method, unaliased
     from peftmux.trainer.run.loop import run_training
     from peftmux.trainer.settings.parser import build_parser
 
-    parser = build_parser(name)
-    given = vars(parser.parse_args([*file_arguments(parser, argv, os.environ), *argv]))
+    method, aliased = unaliased(name, {})
+    parser = build_parser(method)
+    words = [*flags(parser, aliased, name), *file_arguments(parser, argv, os.environ), *argv]
+    given = vars(parser.parse_args(words))
     given.pop("config", None)
-    spec = split_options(name, get_method(name), given)
+    spec = split_options(method, get_method(method), given)
     if spec.options.ensemble:
         print(run_ensemble(spec, given).table())
         return 0

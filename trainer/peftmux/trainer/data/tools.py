@@ -14,15 +14,15 @@ Tools = tuple[Mapping[str, object], ...]
 
 
 def row_tools(path: Path, line: int, record: Mapping[str, object]) -> Tools:
-    """What the record has in its column `tools`, a list of objects or JSON of one; () without it.
+    """What the record has in its column `tools`, a list of objects or JSON of one; () without any.
 
     Raises DataError.
     """
     given = record.get(COLUMN)
-    if isinstance(given, str):
+    if isinstance(given, str) and given:
         given = parsed_json(path, line, given, f"column {COLUMN!r}: ")
         checked_text(path, line, {COLUMN: given})
-    if given is None:
+    if given is None or given == "":
         return ()
     if not isinstance(given, list):
         raise DataError(path, line, f"column {COLUMN!r}: expected a list of objects, found {type_name(given)}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
+VERSION = "2"
+"""Of what is hashed."""
 _BLOCKS, _BLOCK = 64, 4096
 """Of each file of weights so many pieces of so many bytes are read, from its begin to its end."""
 _ALWAYS = ("config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -22,7 +24,7 @@ _WEIGHTS = (
 
 
 def base_identity(name: str) -> str | None:
-    """sha256 (hex) of a folder's, or a loaded hub model's, config, tokenizer and weights, these by size and samples.
+    """VERSION:sha256 (hex) of a folder's, or a loaded hub model's, config, tokenizer and weights, these by samples.
 
     Weights that a training has changed differ in nearly every byte. Files that no model is made of change nothing: a
     hub model's folder gets more of them. None where the files are not on this machine.
@@ -49,11 +51,11 @@ def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 @lru_cache(maxsize=8)
 def _digest(files: tuple[Path, ...], states: tuple[tuple[int, ...], ...]) -> str:
     """Made once for jobs of one base; the files' states say that they are still the same."""
-    digest = hashlib.sha256(b"peftmux base 2")
+    digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(_samples(path) if path.suffix in (".safetensors", ".bin") else path.read_bytes())
-    return digest.hexdigest()
+    return f"{VERSION}:{digest.hexdigest()}"
 
 
 def _samples(path: Path) -> bytes:

@@ -13,6 +13,7 @@ from peftmux.adapters.aside import folder_held
 from peftmux.adapters.files import CHECKPOINT_FILE
 from peftmux.trainer.errors import OptionError
 from peftmux.trainer.methods import AttachedAdapter
+from peftmux.trainer.run.base_identity import VERSION
 from peftmux.trainer.settings.argument_checks import plain
 from peftmux.trainer.settings.options import RunOptions
 
@@ -77,15 +78,22 @@ def check_same_run(checkpoint: Path, run: Mapping[str, object]) -> None:
     except ValueError:
         raise OptionError("resume", f"{checkpoint / CHECKPOINT_RUN} is broken") from None
     for name, value in json.loads(json.dumps(run)).items():
-        if name not in stored and name in ("model", "learning_rate"):
+        if _is_older(name, stored):
             message = (
-                f"the checkpoint is of an older version, which did not note its {name}: train again from the start"
+                f"the checkpoint is of an older version, which did not note its {name} so: train again from the start"
             )
             raise OptionError("resume", message)
         if name == "model" and stored.get(name) != value:
             raise OptionError("resume", f"{checkpoint} was written with another base: its files differ")
         if stored.get(name) != value:
             raise OptionError("resume", f"the checkpoint was written with {name} {stored.get(name)!r}, got {value!r}")
+
+
+def _is_older(name: str, stored: Mapping[str, object]) -> bool:
+    """Whether a version wrote it that did not note this, or otherwise."""
+    if name == "model" and isinstance(identity := stored.get(name), str):
+        return not identity.startswith(f"{VERSION}:")
+    return name not in stored and name in ("model", "learning_rate")
 
 
 def check_length(checkpoint: Path, args: TrainingArguments, steps: int, adapter: AttachedAdapter) -> None:

@@ -6,12 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from peftmux.trainer.errors import OptionError
-from peftmux.trainer.settings.value_types import is_of, spelled
+from peftmux.trainer.settings.value_types import is_of, plain_value, spelled
 
 Config = TypeVar("Config")
 NEXT_TOKEN = "next-token"
@@ -145,7 +145,7 @@ def named(out: str | PathLike[str]) -> Path:
 def build_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """A dataclass from named values. Raises OptionError for a name it does not have, and for what no flag would take: a
     value of another type, a word that is not among the type's, a number that is not finite."""
-    values = {name: _without_paths(value) for name, value in values.items()}
+    values = {name: plain_value(value) for name, value in values.items()}
     hints = get_type_hints(config_class)
     known = [f.name for f in dataclasses.fields(config_class) if f.init]  # type: ignore[arg-type]
     for name, value in values.items():
@@ -158,9 +158,3 @@ def build_config(config_class: type[Config], values: Mapping[str, Any]) -> Confi
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise OptionError(flag, f"expected a finite number, got {value}")
     return config_class(**values)
-
-
-def _without_paths(value: object) -> object:
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    return fspath(value) if isinstance(value, PathLike) else value

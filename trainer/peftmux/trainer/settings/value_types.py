@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 import types
+from os import PathLike, fspath
 from typing import Any, Literal, Union, get_args, get_origin
 
-_NUMBERS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}
+import numpy as np
 
 
 def kinds(hint: Any) -> tuple[Any, ...]:
@@ -27,14 +27,25 @@ def is_of(value: object, hint: Any) -> bool:
 def _is(value: object, kind: Any) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return any(value == word for word in inner)
+        return any(isinstance(value, type(word)) and value == word for word in inner)
     if origin is list:
         return isinstance(value, list | tuple) and all(is_of(item, inner[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(is_of(k, inner[0]) and is_of(v, inner[1]) for k, v in value.items())
-    if kind in _NUMBERS:
-        return isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def plain_value(value: object) -> object:
+    """Paths as text, numpy's numbers as Python's, also within lists and dicts."""
+    if isinstance(value, dict):
+        return {key: plain_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return fspath(value) if isinstance(value, PathLike) else value
 
 
 def spelled(hint: Any) -> str:
