@@ -215,7 +215,7 @@ def _reserved(config: Any, task: str, rows: Sequence[Row]) -> int:
 
 def _check_known(data: DataFacts, path: str | None, model: Any) -> None:
     """Raises DataError for a token that was added to the tokenizer without a row in the base's embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     for example in data.encoded.examples:
         if (most := max(example.input_ids)) >= rows:
             message = f"token {most} of the tokenizer is not in the base's embedding, which has {rows} rows"
